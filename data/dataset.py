@@ -1,0 +1,180 @@
+"""Rows -> batches: decoding in worker processes, an order fixed by (seed, epoch), and a ledger of bad images.
+
+Nothing here draws from a random generator with state: the order of an epoch and the caption picked for an image are
+functions of the seed, the epoch and the row's id, so that a run resumes anywhere and workers change nothing.
+"""
+
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.collate import Collate
+from data.images import MAX_PIXELS, BadImage
+from data.rows import DataError, Row
+from data.transforms import ImageTransform
+
+
+class FeatureStore(Protocol):
+    """Frozen vision features kept from an earlier pass."""
+
+    def get(self, row: Row) -> torch.Tensor | None:
+        """(N, D) tokens of the row's image; None or a raised BadImage where it has none."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row whose image could not be used; what a worker sends in place of an item."""
+
+    id: str
+    name: str
+    reason: str
+    message: str
+
+
+class BadImageLedger:
+    """Names each bad image once, on standard error, and counts it; `on_bad="fail"` raises DataError at the first."""
+
+    def __init__(self, on_bad: str = "skip", warn: Callable[[str], None] | None = None) -> None:
+        if on_bad not in ("skip", "fail"):
+            raise ValueError(f"unknown on_bad {on_bad!r}: choose from skip, fail")
+        self.on_bad = on_bad
+        self.warn = warn or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.rows: dict[str, BadRow] = {}
+
+    def record(self, bad: BadRow) -> None:
+        if self.on_bad == "fail":
+            raise DataError(f"bad image ({bad.reason}) {bad.message}; --on-bad skip would leave it out")
+        if bad.id not in self.rows:
+            self.rows[bad.id] = bad
+            self.warn(f"bad image left out ({bad.reason}): {bad.message}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def summary(self) -> str:
+        """One line: how many, and of what kinds."""
+        reasons = Counter(bad.reason for bad in self.rows.values())
+        kinds = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        return f"{len(self)} bad image{'s' if len(self) != 1 else ''} left out" + (f" ({kinds})" if kinds else "")
+
+    def to_list(self) -> list[dict]:
+        """The records as JSON values, in the order found."""
+        return [asdict(bad) for bad in self.rows.values()]
+
+
+class CaptionDataset(Dataset):
+    """Item k is {"id", "captions", "pixel_values" (3, H, W)}, or with "features" (N, D) from the store, or a BadRow."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        transform: ImageTransform | None = None,
+        features: FeatureStore | None = None,
+        max_image_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if transform is None and features is None:
+            raise ValueError("CaptionDataset needs a transform or a feature store")
+        self.rows = rows
+        self.transform = transform
+        self.features = features
+        self.max_image_pixels = max_image_pixels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict | BadRow:
+        row = self.rows[index]
+        try:
+            if self.features is None:
+                content = {"pixel_values": self.transform(row.image.open(self.max_image_pixels))}
+            else:
+                content = {"features": self._features(row)}
+        except BadImage as bad:
+            return BadRow(id=row.id, name=bad.name, reason=bad.reason, message=str(bad))
+        return {"id": row.id, "captions": row.captions, **content}
+
+    def _features(self, row: Row) -> torch.Tensor:
+        features = self.features.get(row)
+        if features is None:
+            raise BadImage(row.image.name, "no-features", "the feature store has nothing for it")
+        return features
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(n) that depends on (seed, epoch) alone.
+
+    Sorting the raw words of Philox, whose stream NumPy guarantees, keeps it the same across NumPy versions.
+    """
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed {seed} and epoch {epoch} must not be negative")
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n)
+    return np.argsort(words, kind="stable").tolist()
+
+
+class Batches:
+    """One pass over the batches of an order, from `start_batch` on; see `make_loader`."""
+
+    def __init__(self, loader: DataLoader, start_batch: int, ledger: BadImageLedger) -> None:
+        self.loader = loader
+        self.start_batch = start_batch
+        self.ledger = ledger
+
+    def __len__(self) -> int:
+        """Batches to come, counting any that will be skipped because every image in it is bad."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        for index, batch in enumerate(self.loader, start=self.start_batch):
+            for bad in batch["bad"]:
+                self.ledger.record(bad)
+            if batch["ids"]:
+                yield {"batch_index": index, **batch}
+
+
+def make_loader(
+    dataset: CaptionDataset,
+    tokenizer_encode: Callable[[list[str]], list[list[int]]] | None,
+    batch_size: int,
+    order: Sequence[int],
+    workers: int = 0,
+    captions_per_image: str = "1",
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    max_caption_tokens: int = 64,
+    start_batch: int = 0,
+    ledger: BadImageLedger | None = None,
+    pin_memory: bool = False,
+) -> Batches:
+    """Batches (see data/collate.py) of consecutive `batch_size` pieces of `order`; a bad image makes its batch smaller.
+
+    Every batch also carries `batch_index`, its place in the epoch: `start_batch = batch_index + 1` resumes after it.
+    Bad images go to the ledger as they are met, and a batch with no good image is not yielded.
+    """
+    if batch_size < 1 or workers < 0 or start_batch < 0:
+        raise ValueError(f"batch_size {batch_size}, workers {workers}, start_batch {start_batch}: too small")
+    pieces = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=pieces[start_batch:],
+        num_workers=workers,
+        collate_fn=Collate(tokenizer_encode, captions_per_image, seed, epoch, max_caption_tokens),
+        worker_init_fn=_quiet_worker,
+        pin_memory=pin_memory,
+        # Its own generator, so that iterating draws nothing from the global one, which dropout uses.
+        generator=torch.Generator(),
+    )
+    return Batches(loader, start_batch, ledger if ledger is not None else BadImageLedger())
+
+
+def _quiet_worker(worker: int) -> None:
+    """One thread per worker, and Ctrl-C left to the main process."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

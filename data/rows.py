@@ -1,0 +1,66 @@
+"""What an example is: an image, its captions, and an id that stays the same wherever the row came from.
+
+A reader turns files of one format into rows; nothing after the reader knows the format. The image is not pixels but a
+source that can be opened, named in a message, and fingerprinted, so that a folder of photographs and a drawn data set
+look alike.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from data.images import MAX_PIXELS, BadImage, check_regular_file, open_image
+
+
+class DataError(ValueError):
+    """Data that cannot be read as asked; the message is one line that names the file, the line or the setting."""
+
+
+class ImageSource(Protocol):
+    """Where the pixels of a row come from."""
+
+    @property
+    def name(self) -> str:
+        """The image as a person would name it in a message."""
+
+    def open(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """The image in mode RGB, upright; raises `data.images.BadImage`."""
+
+    def fingerprint(self) -> str:
+        """A SHA-256 in hexadecimal that changes when the pixels may have changed; raises `data.images.BadImage`."""
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image file on disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def open(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        return open_image(self.path, max_pixels=max_pixels)
+
+    def fingerprint(self) -> str:
+        check_regular_file(self.path)
+        try:
+            with open(self.path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BadImage(self.name, "unreadable", error.strerror or str(error)) from error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image with its captions; `question` and `answers` are filled by the readers of question-answering data."""
+
+    id: str
+    image: ImageSource
+    captions: tuple[str, ...] = ()
+    question: str | None = None
+    answers: tuple[str, ...] = ()

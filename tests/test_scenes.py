@@ -1,0 +1,302 @@
+"""The drawn data set: deterministic, visible, and captioned with nothing but the truth.
+
+The captions are checked by a parser of its own, which knows the grammar of English noun phrases used here and geometry,
+and nothing of the code that writes captions.
+"""
+
+import math
+import pickle
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data import scenes
+from data.rows import DataError
+
+COLOUR = "red|orange|yellow|green|blue|purple|pink|brown|black|white"
+SHAPE = "circle|square|triangle|star|heart|cross|ring|diamond"
+NUMBER = {"a": 1, "an": 1, "the": 1, "a single": 1, "two": 2, "three": 3, "four": 4}
+SIZE = {"small": "small", "little": "small", "large": "large", "big": "large"}
+NOUN_PHRASE = re.compile(
+    rf"\b(?P<number>a single|an|a|the|two|three|four) (?:(?P<size>{'|'.join(SIZE)}) )?(?:(?P<colour>{COLOUR}) )?"
+    rf"(?P<noun>{SHAPE}|shape|object)(?P<plural>es|s)?\b(?! sky| background)"
+)
+RELATION = re.compile(r"^ (?:is |sits )?(?:to the )?(left of|right of|above|over|below|under|next to|beside|between) $")
+SECOND_RELATION = re.compile(r"^ and (?:to the )?(left of|right of|above|over|below|under|next to|beside) $")
+PLACE = re.compile(
+    r"(?:in the (?P<corner>top|bottom) (?P<side>left|right) corner|at the (?P<edge>top|bottom)"
+    r"|on the (?P<flank>left|right) side|in the (?P<middle>middle))$"
+)
+BACKGROUND = {
+    "grass": "grass|grassy",
+    "sand": "sand|sandy",
+    "sky": "the sky|blue sky|cloudy",
+    "night": "night|dark",
+    "snow": "snow|snowy",
+    "stripes": "striped|stripes",
+    "checks": "checks|checkered",
+    "speckles": "speckled|speckles",
+    "gradient": "fading|fades",
+}
+
+
+@pytest.fixture(scope="module")
+def train():
+    return scenes.split("train", 1500)
+
+
+@pytest.fixture(scope="module")
+def val():
+    return scenes.split("val")
+
+
+def matching(scene, phrase):
+    return [
+        item
+        for item in scene.objects
+        if (phrase["noun"] in ("shape", "object") or item.shape == phrase["noun"])
+        and (phrase["colour"] is None or item.colour == phrase["colour"])
+        and (phrase["size"] is None or item.size == SIZE[phrase["size"]])
+    ]
+
+
+def is_true(relation, a, b):
+    gap = math.dist((a.x, a.y), (b.x, b.y)) - a.radius - b.radius
+    return {
+        "left of": b.x - a.x > 0.1 and b.x - a.x > abs(a.y - b.y),
+        "right of": a.x - b.x > 0.1 and a.x - b.x > abs(a.y - b.y),
+        "above": b.y - a.y > 0.1 and b.y - a.y > abs(a.x - b.x),
+        "over": b.y - a.y > 0.1 and b.y - a.y > abs(a.x - b.x),
+        "below": a.y - b.y > 0.1 and a.y - b.y > abs(a.x - b.x),
+        "under": a.y - b.y > 0.1 and a.y - b.y > abs(a.x - b.x),
+        "next to": gap < 0.1,
+        "beside": gap < 0.1,
+    }[relation]
+
+
+def check(caption, scene):
+    """Assert every claim of a caption; returns the kinds of claim it made."""
+    kinds = Counter()
+    phrases = list(NOUN_PHRASE.finditer(caption))
+    assert phrases, caption
+    for phrase in phrases:
+        found = matching(scene, phrase)
+        assert len(found) == NUMBER[phrase["number"]], (caption, phrase.group(), scene)
+        assert bool(phrase["plural"]) == (len(found) > 1), caption
+        assert phrase["number"] not in ("a", "an") or (phrase["number"] == "an") == (
+            phrase.group()[len(phrase["number"]) + 1] in "aeiou"
+        )
+        kinds["count"] += len(found) > 1
+    if phrases[0]["number"] == "a single":
+        assert len(scene.objects) == 1, caption
+    subject = matching(scene, phrases[0])[0]
+    gaps = [caption[a.end() : b.start()] for a, b in zip(phrases, phrases[1:], strict=False)]
+    for index, between in enumerate(gaps):
+        relation = RELATION.match(between) or SECOND_RELATION.match(between)
+        if relation is None:
+            assert between in (", ", " and ") or re.fullmatch(r" [a-z ]+: ", between), (caption, between)
+            continue
+        kinds["relation"] += 1
+        first = matching(scene, phrases[index + 1])[0]
+        if relation[1] == "between":
+            kinds["between"] += 1
+            second = matching(scene, phrases[index + 2])[0]
+            detour = math.dist((first.x, first.y), (subject.x, subject.y)) + math.dist(
+                (subject.x, subject.y), (second.x, second.y)
+            )
+            assert detour < 1.1 * math.dist((first.x, first.y), (second.x, second.y)), (caption, scene)
+        else:
+            assert is_true(relation[1], subject, first), (caption, scene)
+    if not any(RELATION.match(between) for between in gaps) and not PLACE.search(caption):
+        # A caption that lists objects lists them all.
+        listed = phrases[1:] if ": " in caption else phrases
+        assert sum(len(matching(scene, phrase)) for phrase in listed) == len(scene.objects), (caption, scene)
+        kinds["list"] += 1
+    if where := PLACE.search(caption):
+        kinds["place"] += 1
+        words = {word for word in where.groups() if word}
+        assert "left" not in words or subject.x < 0.4, caption
+        assert "right" not in words or subject.x > 0.6, caption
+        assert "top" not in words or subject.y < 0.4, caption
+        assert "bottom" not in words or subject.y > 0.6, caption
+        assert "middle" not in words or max(abs(subject.x - 0.5), abs(subject.y - 0.5)) < 0.12, caption
+    for kind, words in BACKGROUND.items():
+        if re.search(rf"\b({words})\b", caption):
+            kinds["background"] += 1
+            assert scene.background.kind == kind, (caption, scene.background)
+    if named := re.search(
+        r"\b(?:on|against) (?:a )?(?:plain |fading )?(grey|blue|green|pink|yellow|white|black) (?!sand|snow|grass)",
+        caption,
+    ):
+        assert scene.background.colour == named[1], (caption, scene.background)
+    return kinds
+
+
+def test_every_caption_is_true(train, val):
+    kinds = Counter()
+    for row in [*train, *val]:
+        for caption in row.captions:
+            kinds += check(caption, row.image.scene)
+    for kind in ("count", "relation", "between", "list", "place", "background"):
+        assert kinds[kind] > 100, kinds
+
+
+def test_the_checker_notices_lies(train):
+    """Captions of another scene, and relations turned round, are nearly always refused."""
+    refused = total = 0
+    for row, other in zip(train[:300], train[1:301], strict=True):
+        for caption in other.captions:
+            total += 1
+            try:
+                check(caption, row.image.scene)
+            except AssertionError:
+                refused += 1
+    assert refused > 0.97 * total
+    swap = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+    for row in train[:300]:
+        for caption in row.captions:
+            for word, opposite in swap.items():
+                if caption.count(word) == 1:
+                    with pytest.raises(AssertionError):
+                        check(caption.replace(word, opposite), row.image.scene)
+
+
+def test_captions_are_many_different_and_few_words(train):
+    assert all(len(row.captions) == 5 == len(set(row.captions)) for row in train)
+    words = {word for row in train for caption in row.captions for word in re.findall(r"[a-z]+", caption)}
+    assert 80 <= len(words) <= 120
+    assert all(re.fullmatch(r"[a-z]+([,:]? [a-z]+)*", caption) for row in train for caption in row.captions)
+    starts = {" ".join(caption.split()[:2]) for row in train for caption in row.captions}
+    assert len(starts) > 60
+
+
+def test_a_scene_is_a_function_of_seed_split_and_index(train):
+    again = scenes.split("train", 30)
+    assert again == train[:30]
+    for row, other in zip(again, train, strict=False):
+        assert row.image.open().tobytes() == other.image.open().tobytes()
+        assert row.image.fingerprint() == other.image.fingerprint()
+    assert scenes.split("train", 5, seed=1) != train[:5]
+    assert scenes.make_scene("val", 0) != scenes.make_scene("train", 0)
+    assert scenes.make_scene("train", 29) == train[29].image.scene
+    assert len({row.image.fingerprint() for row in train}) == len(train)
+    assert scenes.split("train", 1, size=32)[0].image.fingerprint() != train[0].image.fingerprint()
+
+
+def test_another_process_draws_the_same(train):
+    program = (
+        "from data import scenes\n"
+        "row = scenes.split('train', 8)[7]\n"
+        "print(row.captions, row.image.open().tobytes()[::97].hex())"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == f"{train[7].captions} {train[7].image.open().tobytes()[::97].hex()}"
+
+
+def test_held_out_pairs_are_never_in_train_and_in_half_of_val(train, val):
+    assert not any(row.image.scene.held_out for row in train)
+    pairs = {(item.colour, item.shape) for row in train for item in row.image.scene.objects}
+    assert pairs == {(colour, shape) for colour in scenes.COLOURS for shape in scenes.SHAPES} - scenes.HELD_OUT
+    assert [row.image.scene.held_out for row in val] == [index % 2 == 1 for index in range(len(val))]
+    shown = {(item.colour, item.shape) for row in val for item in row.image.scene.objects}
+    assert shown >= scenes.HELD_OUT
+    assert not {" ".join(pair) for pair in scenes.HELD_OUT} & {
+        " ".join(pair)
+        for row in train
+        for caption in row.captions
+        for pair in zip(caption.split(), caption.split()[1:], strict=False)
+    }
+
+
+def test_objects_keep_their_distance_and_stay_inside(train):
+    for row in train:
+        objects = row.image.scene.objects
+        assert 1 <= len(objects) <= 4
+        for index, a in enumerate(objects):
+            assert a.radius < a.x < 1 - a.radius and a.radius < a.y < 1 - a.radius
+            for b in objects[:index]:
+                assert math.dist((a.x, a.y), (b.x, b.y)) > a.radius + b.radius
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB (0 to 255) -> CIELAB, D65."""
+    linear = np.where(rgb / 255 <= 0.04045, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+    f = np.cbrt(xyz / [0.9505, 1.0, 1.089])
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def test_objects_stand_out_from_their_background_and_show_their_colour(train):
+    """An object's colour differs from nearly all of the background by far more than CIELAB's just noticeable 2.3."""
+    for row in train[:600]:
+        scene = row.image.scene
+        background = lab(np.asarray(scenes.draw(scenes.Scene((), scene.background), 64)).reshape(-1, 3).astype(float))
+        picture = lab(np.asarray(row.image.open()).astype(float))
+        for item in scene.objects:
+            colour = lab(np.array(item.tint, dtype=float))
+            distances = np.linalg.norm(background - colour, axis=-1)
+            assert np.quantile(distances, 0.05) > 25, (item, scene.background, np.quantile(distances, 0.05))
+            nearest = min(
+                scenes.COLOURS, key=lambda name: np.linalg.norm(lab(np.array(scenes.COLOURS[name], float)) - colour)
+            )
+            assert nearest == item.colour
+            reach = int(item.radius * 64)
+            x, y = int(item.x * 64), int(item.y * 64)
+            patch = picture[y - reach : y + reach + 1, x - reach : x + reach + 1].reshape(-1, 3)
+            assert (np.linalg.norm(patch - colour, axis=-1) < 3).mean() > 0.15, item
+
+
+@pytest.mark.parametrize("size", [16, 64, 100, 224])
+def test_pictures_of_any_size_show_the_same_scene(train, size):
+    small = np.asarray(train[4].image.open().resize((16, 16)), dtype=float)
+    picture = scenes.draw(train[4].image.scene, size)
+    assert picture.size == (size, size) and picture.mode == "RGB"
+    assert np.abs(np.asarray(picture.resize((16, 16)), dtype=float) - small).mean() < 6
+
+
+def test_area_of_the_shapes():
+    """The drawn area of each shape against its formula, at radius 40 of 200 pixels, unrotated."""
+    areas = {
+        "circle": math.pi,
+        "ring": math.pi * (1 - 0.55**2),
+        "square": 1.5**2,
+        "triangle": 3 * math.sqrt(3) / 4,
+        "star": 10 * 0.5 * 0.42 * math.sin(math.pi / 5),
+        "heart": 180 * math.pi / 17**2,
+        "cross": 1.9 * 0.6 * 2 - 0.6**2,
+        "diamond": 2 * 0.62,
+    }
+    background = scenes.Background("plain", "white", 0)
+    for shape, area in areas.items():
+        item = scenes.SceneObject(shape, "black", "large", 0.5, 0.5, 0.2, 0.0, (0, 0, 0))
+        ink = 248 - np.asarray(scenes.draw(scenes.Scene((item,), background), 200), dtype=float)[..., 0]
+        assert ink.sum() / 248 / 40**2 == pytest.approx(area, rel=0.04), shape
+
+
+def test_questions_to_the_truth():
+    red = scenes.SceneObject("circle", "red", "small", 0.2, 0.5, 0.08, 0, (214, 39, 40))
+    twin = scenes.SceneObject("circle", "red", "large", 0.5, 0.52, 0.16, 0, (214, 39, 40))
+    blue = scenes.SceneObject("square", "blue", "small", 0.8, 0.2, 0.08, 0, (35, 80, 215))
+    scene = scenes.Scene((red, twin, blue), scenes.Background("plain", "grey", 0))
+    assert (scene.count(), scene.count(colour="red"), scene.count("small"), scene.count(shape="star")) == (3, 2, 2, 0)
+    assert scene.find("small", "red", "circle") == [red]
+    assert scene.related([red], "left of", [blue]) and not scene.related([blue], "left of", [red])
+    assert scene.related([blue], "above", [red]) and scene.related([red], "next to", [twin])
+    assert not scene.related([red], "next to", [blue]) and not scene.related([red], "above", [twin])
+    assert not scene.related([red], "next to", [red])
+    assert (
+        scenes.place(blue) == ("top", "right") and scenes.place(twin) == ("middle",) and scenes.place(red) == ("left",)
+    )
+    assert not scene.held_out
+
+
+def test_rows(val):
+    assert [row.id for row in val[:2]] == ["scene-val-00000", "scene-val-00001"]
+    assert val[0].image.name == "scene-val-00000"
+    assert pickle.loads(pickle.dumps(val[0])) == val[0]
+    with pytest.raises(DataError, match="no split 'dev' of scenes: choose from train, val, test"):
+        scenes.split("dev")
