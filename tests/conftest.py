@@ -1,5 +1,6 @@
 """Fixtures that several test files use. Everything here runs on the CPU without network."""
 
+import json
 import os
 from pathlib import Path
 
@@ -18,3 +19,39 @@ def shared_dir() -> Path:
     if not (folder / "design.md").is_file():
         pytest.skip(f"no shared data at {folder} (set CAPTIONER_SHARED)")
     return folder
+
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
+TINY_TEXT = {
+    "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 0, "num_decoder_layers": 2, "num_heads": 4,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": True, "dropout_rate": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_data(tmp_path) -> Path:
+    """A data folder: eight plain pictures in train, four of them in val, two captions each."""
+    from PIL import Image
+
+    for split, count in (("train", 8), ("val", 4)):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for colour in COLOURS[:count]:
+            Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
+            captions = [f"a plain {colour} picture", f"everything here is {colour}"]
+            lines.append(json.dumps({"file_name": f"{colour}.png", "captions": captions}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tiny_flags(tiny_data, tmp_path) -> list[str]:
+    """Flags of train.py for a model that takes a second: random backbones, all trained, fp32, no dropout."""
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY_TEXT), encoding="utf-8")
+    return [
+        "--data", str(tiny_data), "--vision", "ViT-Tiny-Scenes", "--image-size", "16", "--text-config", str(config), "--vocab-size", "64",
+        "--train-base", "vision,text", "--batch-size", "4", "--max-steps", "4", "--precision", "fp32", "--device", "cpu",
+        "--lora-dropout", "0", "--output", str(tmp_path / "run"), "--workers", "0",
+    ]  # fmt: skip

@@ -1,0 +1,133 @@
+"""What every command shares: flags made from a dataclass, exit codes, signals. Imports no torch."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+# Two spinning OpenMP threads beside another busy process run many times slower than one; sleeping ones do not.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from captioner.errors import UsageError, UserError  # noqa: E402
+from captioner.files import describe_os_error  # noqa: E402
+
+DONE, FAILED, USAGE, SOME_BAD = 0, 1, 2, 3  # the exit codes; an interrupt exits with 128 + signal number
+
+
+def setting(default, help: str, choices: typing.Iterable | None = None):
+    """A dataclass field that becomes a flag: its default, its help text and, for a closed set, its choices."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None})
+
+
+def comma_list(choices: tuple[str, ...] | None) -> Callable[[str], tuple[str, ...]]:
+    """Parser of `a,b`; `none` is the empty list. Rejects words outside choices by naming them."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        words = () if text == "none" else tuple(word.strip() for word in text.split(",") if word.strip())
+        for word in words:
+            if choices and word not in choices:
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(choices)} (or none)")
+        return words
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the closest flags where one is unknown."""
+
+    def parse_known(self, argv: list[str] | None):
+        parsed, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
+            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {' or '.join(close)}?" if close else f"; the flags are {' '.join(flags)}"))
+        return parsed
+
+
+def parse_settings(cls, argv: list[str] | None, description: str, presets: dict[str, dict] | None = None):
+    """Instance of the dataclass cls from command-line words.
+
+    Each field made by `setting` is one kebab-case flag; a field named in `cls.positional` is a positional argument. With presets, the row named by
+    `--preset` replaces the defaults and flags replace the row. The instance's `given` attribute is the set of field names that were on the command line.
+    Exits with 2 and a message that names the choices on an unknown flag or value.
+    """
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, choices = hints[field.name], field.metadata["choices"]
+        optional = isinstance(kind, types.UnionType)
+        if optional:
+            kind = next(member for member in typing.get_args(kind) if member is not type(None))
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        text = field.metadata["help"].replace("%", "%%") + ("" if optional and field.default is None else f" (default: {shown})")
+        options: dict = {"help": text, "default": argparse.SUPPRESS}
+        if field.name in getattr(cls, "positional", ()):
+            parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), **options)
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif typing.get_origin(kind) is tuple and field.metadata.get("repeat"):
+            parser.add_argument(flag, action="append", metavar="FILE", **options)
+        elif typing.get_origin(kind) is tuple:
+            metavar = ",".join(choices) if choices else "A,B"
+            parser.add_argument(flag, type=comma_list(choices), metavar=metavar, **options)
+        else:
+            parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **options)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_known(argv)).items()}
+    preset = {}
+    if presets is not None:
+        preset = presets[given.get("preset", next(field.default for field in dataclasses.fields(cls) if field.name == "preset"))]
+    settings = cls(**(preset | given))
+    settings.given = frozenset(given)
+    return settings
+
+
+def repeated(help: str):
+    """A dataclass field whose flag may be given several times: a tuple of strings."""
+    return dataclasses.field(default=(), metadata={"help": help, "choices": None, "repeat": True})
+
+
+def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None = None, expected: tuple[type[Exception], ...] = ()) -> typing.NoReturn:
+    """Run main and exit with its code; UserError, the expected exceptions and disk errors become one line on stderr and exit code 1 or 2."""
+    try:
+        code = main(argv)
+    except (UserError, *expected) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = USAGE if isinstance(error, UsageError) else FAILED
+    except OSError as error:
+        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        code = FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class StopSignal:
+    """Between `with` and its end, the first SIGINT or SIGTERM sets `number` for loops to poll; a second one interrupts at once."""
+
+    number: int | None = None
+
+    def __enter__(self):
+        self.previous = {which: signal.signal(which, self.receive) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, frame):
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __exit__(self, *_):
+        for which, handler in self.previous.items():
+            signal.signal(which, handler)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number

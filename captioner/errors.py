@@ -1,0 +1,9 @@
+"""The exceptions that a command turns into a single line on stderr."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong: a file, a checkpoint, the disk. The message is one line that names it. Exit code 1."""
+
+
+class UsageError(UserError):
+    """Flags that contradict each other or are out of range. Exit code 2."""

@@ -1,0 +1,48 @@
+"""The captioner: image encoder → linear bridge → T5 decoder.
+
+Legend: B images, G captions per image, N image tokens, T text tokens, D decoder width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captioner.t5 import T5
+
+
+class Captioner(nn.Module):
+    """`vision` turns pixels into (B, N, D_vision) tokens, `bridge` maps them to the decoder's width, `text` reads them through cross-attention."""
+
+    def __init__(self, vision: nn.Module, text: T5):
+        super().__init__()
+        self.vision = vision
+        self.bridge = nn.Linear(vision.width, text.config.d_model)
+        self.text = text
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) → memory (B, N, D)."""
+        return self.bridge(self.vision(pixel_values))
+
+    def decoder_hidden(self, memory: Tensor, labels: Tensor) -> Tensor:
+        """memory (B, N, D), labels (B*G, T), the G captions of an image in a row → last hidden states (B*G, T, D)."""
+        return self.text.decode(self.text.shift_right(labels), memory)
+
+    def decoder_logits(self, memory: Tensor, labels: Tensor) -> Tensor:
+        """memory (B, N, D), labels (B*G, T), -100 = ignore → (B*G, T, V); the decoder input is the labels shifted right."""
+        return self.text.logits(self.decoder_hidden(memory, labels))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
+        """(B, 3, H, W), labels (B*G, T), -100 = ignore → (B*G, T, V)."""
+        return self.decoder_logits(self.encode(pixel_values), labels)
+
+    def loss(self, memory: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+        """Cross-entropy summed over the labels (B*G, T) that are not -100, and their number; no logits are computed for ignored ones."""
+        kept = labels != -100
+        logits = self.text.logits(self.decoder_hidden(memory, labels)[kept])
+        return F.cross_entropy(logits.float(), labels[kept], reduction="sum", label_smoothing=label_smoothing), int(kept.sum())
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Keep the frozen matrices in dtype, so that mixed precision does not convert them at every step; trained ones and norms stay as they are."""
+        for parameter in self.parameters():
+            if not parameter.requires_grad and parameter.ndim >= 2:
+                parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,343 @@
+"""T5: encoder and decoder of T5 v1.0, v1.1 and Flan-T5.
+
+Papers: "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (arXiv 1910.10683), v1.1's gated GELU from "GLU Variants
+Improve Transformer" (arXiv 2002.05202), Flan-T5 from arXiv 2210.11416. Numerics match `transformers.T5ForConditionalGeneration`.
+
+Legend: B batch (images or texts), G text rows that read the same memory, T text tokens, N memory tokens, D width, H heads, K head dim, V vocabulary.
+
+Where T5 differs from most Transformers: attention has no 1/sqrt(K); positions enter as one learned bias per head and distance bucket, made in
+layer 0 and used by the whole stack (both directions in the encoder, backwards only in the decoder, none in cross-attention); H * K need not
+equal D; norms are RMSNorm in fp32; no Linear has a bias; tied checkpoints (v1.0) scale the last hidden state by D ** -0.5.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captioner.errors import UserError
+
+
+@dataclass
+class T5Config:
+    """Sizes of one T5, under the names of a Hugging Face `config.json`."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 1024
+    num_layers: int = 8  # of the encoder; 0 = no encoder
+    num_decoder_layers: int = 8
+    num_heads: int = 6
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"  # or "relu" (v1.0)
+    tie_word_embeddings: bool = False
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+
+    def __post_init__(self):
+        if self.feed_forward_proj not in ("gated-gelu", "relu"):
+            raise UserError(f"feed_forward_proj {self.feed_forward_proj!r} is not one of gated-gelu, relu")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "T5Config":
+        """Config from the keys of a `config.json`; keys that are not sizes are ignored, absent ones take T5's documented defaults."""
+        values = {"feed_forward_proj": "relu", "tie_word_embeddings": True} | values
+        if values.get("num_decoder_layers") is None:
+            values["num_decoder_layers"] = values.get("num_layers", cls.num_layers)
+        missing = [name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in values]
+        if missing:
+            raise UserError(f"T5 config lacks {', '.join(missing)}")
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    @classmethod
+    def from_name(cls, name: str) -> "T5Config":
+        """Config from a row of `SIZES` or from the path of a JSON file. Raises UserError that names the rows."""
+        if name in SIZES:
+            return cls(**SIZES[name])
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"{name!r} is neither a T5 config file nor one of {', '.join(SIZES)}")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+SIZES = {
+    "flan-t5-small": dict(d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6),
+    "flan-t5-base": dict(d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12),
+    "flan-t5-large": dict(d_model=1024, d_kv=64, d_ff=2816, num_layers=24, num_decoder_layers=24, num_heads=16),
+    "flan-t5-xl": dict(d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32),
+    "flan-t5-xxl": dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_decoder_layers=24, num_heads=64),
+    # Decoders without an encoder, to be trained from scratch.
+    "t5-tiny": dict(d_model=192, d_kv=48, d_ff=512, num_layers=0, num_decoder_layers=3, num_heads=4, tie_word_embeddings=True),
+    "t5-mini": dict(d_model=384, d_kv=64, d_ff=1024, num_layers=0, num_decoder_layers=4, num_heads=6, tie_word_embeddings=True),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the statistics in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(self.weight.dtype)
+
+
+class RelativePositionBias(nn.Module):
+    """One learned bias per head and bucket of the distance key - query."""
+
+    def __init__(self, config: T5Config, bidirectional: bool):
+        super().__init__()
+        self.num_buckets = config.relative_attention_num_buckets
+        self.max_distance = config.relative_attention_max_distance
+        self.bidirectional = bidirectional
+        self.embedding = nn.Embedding(self.num_buckets, config.num_heads)
+
+    def relative_position_bucket(self, distance: Tensor) -> Tensor:
+        """Bucket of each distance: exact up to half the buckets of a direction, then logarithmic up to `max_distance`."""
+        num_buckets = self.num_buckets
+        bucket = torch.zeros_like(distance)
+        if self.bidirectional:
+            num_buckets //= 2
+            bucket = (distance > 0).long() * num_buckets
+            distance = distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = num_buckets // 2
+        log_ratio = torch.log(distance.float() / exact) / math.log(self.max_distance / exact)
+        logarithmic = exact + (log_ratio * (num_buckets - exact)).long()
+        return bucket + torch.where(distance < exact, distance, logarithmic.clamp(max=num_buckets - 1))
+
+    def forward(self, query_length: int, key_length: int) -> Tensor:
+        """Bias of the last `query_length` positions over all `key_length` keys: (1, H, query_length, key_length)."""
+        device = self.embedding.weight.device
+        keys = torch.arange(key_length, device=device)
+        queries = keys[key_length - query_length :]
+        bias = self.embedding(self.relative_position_bucket(keys[None, :] - queries[:, None]))  # (Tq, Tk, H)
+        return bias.permute(2, 0, 1)[None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention without 1/sqrt(K). Keys and values are projected apart from queries, so that they can be computed once and kept."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.d_kv
+        inner = config.num_heads * config.d_kv
+        self.q_proj = nn.Linear(config.d_model, inner, bias=False)
+        self.k_proj = nn.Linear(config.d_model, inner, bias=False)
+        self.v_proj = nn.Linear(config.d_model, inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = config.dropout_rate
+
+    def split_heads(self, x: Tensor, batch: int) -> Tensor:
+        """(B*G, T, H*K) → (B, H, G*T, K): the G rows of one memory become more queries of one attention call."""
+        return x.reshape(batch, -1, self.num_heads, self.head_dim).transpose(1, 2)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) → keys and values, each (B, H, N, K)."""
+        batch = memory.shape[0]
+        return self.split_heads(self.k_proj(memory), batch), self.split_heads(self.v_proj(memory), batch)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B*G, T, D) attends to keys and values (B, H, N, K) with an additive bias that broadcasts to (B, H, G*T, N) → (B*G, T, D)."""
+        queries = self.split_heads(self.q_proj(x), keys.shape[0])
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        return self.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))  # (B, H, G*T, K) → (B*G, T, D)
+
+
+class GatedMLP(nn.Module):
+    """wo(gelu(wi_0 x) * wi_1 x), with the tanh form of GELU (v1.1, Flan-T5)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(self.dropout(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)))
+
+
+class ReluMLP(nn.Module):
+    """wo(relu(wi x)) (v1.0)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(self.dropout(F.relu(self.wi(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention, cross-attention where there is a memory to read (decoder), and MLP."""
+
+    def __init__(self, config: T5Config, is_decoder: bool):
+        super().__init__()
+        self.self_attn_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.self_attn = Attention(config)
+        if is_decoder:
+            self.cross_attn_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+            self.cross_attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.mlp = GatedMLP(config) if config.feed_forward_proj == "gated-gelu" else ReluMLP(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x, self_bias, memory=None, memory_bias=None, cache=None) -> Tensor:
+        """x (B*G, T, D) → (B*G, T, D). With a cache, keys and values of earlier positions and of the memory come from it."""
+        normed = self.self_attn_norm(x)
+        keys, values = self.self_attn.keys_values(normed)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        x = x + self.dropout(self.self_attn(normed, keys, values, self_bias))
+        if memory is not None or cache is not None:
+            keys, values = self.cross_attn.keys_values(memory) if cache is None else cache.memory
+            x = x + self.dropout(self.cross_attn(self.cross_attn_norm(x), keys, values, memory_bias))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Stack(nn.Module):
+    """Encoder or decoder: blocks over embedded tokens, one position bias for all of them, a last norm."""
+
+    def __init__(self, config: T5Config, is_decoder: bool):
+        super().__init__()
+        self.is_decoder = is_decoder
+        num_layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.position_bias = RelativePositionBias(config, bidirectional=not is_decoder)
+        self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(num_layers))
+        self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def self_bias(self, query_length: int, key_length: int, mask: Tensor | None) -> Tensor:
+        """Position bias, minus infinity where a decoder would look ahead or where mask (B, key_length) is False: (B or 1, H, Tq, Tk)."""
+        bias = self.position_bias(query_length, key_length)
+        if self.is_decoder and query_length > 1:
+            visible = torch.ones(query_length, key_length, dtype=torch.bool, device=bias.device).tril(key_length - query_length)
+            bias = bias.masked_fill(~visible, -torch.inf)
+        if mask is not None:
+            bias = bias + mask_bias(mask, bias.dtype)
+        return bias
+
+    def forward(self, x, mask=None, memory=None, memory_mask=None, cache=None) -> Tensor:
+        """x (B*G, T, D) → (B*G, T, D).
+
+        mask (B*G, T) and memory_mask (B, N) are True at real tokens; memory is (B, N, D). A cache (see `cache.py`), if given, replaces all three:
+        x is then one token, T = 1, and the cache has the biases, and `layers[i]` keys and values.
+        """
+        if cache is None:
+            self_bias = self.self_bias(x.shape[1], x.shape[1], mask).to(x.dtype)
+            memory_bias = None if memory_mask is None else mask_bias(memory_mask, x.dtype)
+        else:
+            self_bias, memory_bias = cache.self_bias, cache.memory_bias
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, self_bias, memory, memory_bias, None if cache is None else cache.layers[i])
+        return self.dropout(self.norm(x))
+
+
+def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, T), True at real tokens → additive (B, 1, 1, T): 0 there and the most negative finite number elsewhere, so that no row is all -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask.bool(), torch.finfo(dtype).min)[:, None, None]
+
+
+class T5(nn.Module):
+    """Token embedding, encoder (if any), decoder, lm_head."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, is_decoder=False) if config.num_layers else None
+        self.decoder = Stack(config, is_decoder=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Random weights before a checkpoint or for training from scratch; T5's own scheme.
+
+        | weight                     | standard deviation        |
+        | -------------------------- | ------------------------- |
+        | embedding (and tied head)  | 1                         |
+        | q_proj                     | (D * K) ** -0.5           |
+        | k_proj, v_proj, wi*        | D ** -0.5                 |
+        | o_proj                     | (H * K) ** -0.5           |
+        | wo                         | d_ff ** -0.5              |
+        | position bias, untied head | D ** -0.5                 |
+        | norms                      | all ones                  |
+        """
+        width, head_dim, heads, d_ff = self.config.d_model, self.config.d_kv, self.config.num_heads, self.config.d_ff
+        self.embedding.weight.normal_(std=1.0)
+        if not self.config.tie_word_embeddings:
+            self.lm_head.weight.normal_(std=width**-0.5)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.q_proj.weight.normal_(std=(width * head_dim) ** -0.5)
+                module.k_proj.weight.normal_(std=width**-0.5)
+                module.v_proj.weight.normal_(std=width**-0.5)
+                module.o_proj.weight.normal_(std=(heads * head_dim) ** -0.5)
+            elif isinstance(module, GatedMLP):
+                module.wi_0.weight.normal_(std=width**-0.5)
+                module.wi_1.weight.normal_(std=width**-0.5)
+                module.wo.weight.normal_(std=d_ff**-0.5)
+            elif isinstance(module, ReluMLP):
+                module.wi.weight.normal_(std=width**-0.5)
+                module.wo.weight.normal_(std=d_ff**-0.5)
+            elif isinstance(module, RelativePositionBias):
+                module.embedding.weight.normal_(std=width**-0.5)
+
+    def set_dropout(self, rate: float) -> None:
+        """Change the dropout of every part of the model."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+            elif isinstance(module, Attention):
+                module.dropout = rate
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """Decoder input of labels (B, T): the start token, then the labels but the last, with ignored ones (-100) as pad."""
+        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    def encode(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Text (B, T), mask True at real tokens → memory (B, T, D). Raises UserError where the config has no encoder."""
+        if self.encoder is None:
+            raise UserError("this T5 was built without an encoder (num_layers = 0)")
+        return self.encoder(self.embedding(input_ids), mask)
+
+    def decode(self, input_ids: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None, cache=None) -> Tensor:
+        """Decoder input (B*G, T) over memory (B, N, D), G rows to each → last hidden states (B*G, T, D). For cache see `Stack.forward`."""
+        return self.decoder(self.embedding(input_ids), memory=memory, memory_mask=memory_mask, cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states (..., D) → (..., V)."""
+        if self.config.tie_word_embeddings:
+            hidden = hidden * self.config.d_model**-0.5
+        return self.lm_head(hidden)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Text to text: input_ids (B, T_in), mask (B, T_in), labels (B, T) → logits (B, T, V)."""
+        return self.logits(self.decode(self.shift_right(labels), self.encode(input_ids, mask), mask))

@@ -1,0 +1,356 @@
+"""Weights from files: read a state dict, rename it through a donor's key table, check it, load it, fingerprint it.
+
+Only safetensors is read; a pickle can run code when it is opened and is refused. A key table is one dict per donor:
+
+    donor key template -> our key template | None | Split(our key templates)
+
+`{}` in a template stands for a layer number, a trailing `*` for any rest, None means "known, and not used by us"; the
+first template that fits a key counts. Tables are invertible (`export`), so a module can be written back under the
+donor's names, bit for bit. Nothing loads partially: names are compared in both directions and every shape is checked
+before the first tensor is copied.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from captioner.errors import UserError
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+SINGLE_FILES = ("model.safetensors", "open_clip_model.safetensors")
+INDEX_FILE = "model.safetensors.index.json"
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU and in the stored dtype.
+
+    `path` is a .safetensors file, a model.safetensors.index.json (sharded: every shard and every tensor that the index
+    names must be there, and no others), or a directory with model.safetensors, open_clip_model.safetensors or an index.
+    Raises UserError for a missing path, a pickle (with the way to convert it), a damaged file, missing shards.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_directory(path)
+    if not path.exists():
+        raise UserError(f"no weights at {path}: no such file or directory")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    return _read_file(path)
+
+
+def _read_directory(directory: Path) -> dict[str, Tensor]:
+    for name in SINGLE_FILES:
+        if (directory / name).is_file():
+            return _read_file(directory / name)
+    if (directory / INDEX_FILE).is_file():
+        return _read_shards(directory / INDEX_FILE)
+    for file in sorted(directory.iterdir()):
+        if file.suffix in PICKLE_SUFFIXES:
+            raise _pickle_refused(file)
+    raise UserError(f"no weights in {directory}: expected {', '.join(SINGLE_FILES)} or {INDEX_FILE}")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix in PICKLE_SUFFIXES:
+        raise _pickle_refused(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a safetensors file: its name must end in .safetensors")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}, a damaged or incomplete safetensors file: {_one_line(error)}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = _weight_map(index)
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (index.parent / shard).is_file():
+            raise UserError(f"shard {shard} is missing: {index} names it, and it is not in {index.parent}")
+        state.update(_read_file(index.parent / shard))
+    missing, unexpected = weight_map.keys() - state.keys(), state.keys() - weight_map.keys()
+    if missing or unexpected:
+        raise UserError(f"the shards of {index} do not match it: {_both_lists(missing, unexpected)}")
+    return state
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, of a shard index."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        # The names come from the file: they may not lead out of its directory.
+        outside = [shard for shard in shards if Path(shard).name != shard]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read the shard index {index}: {_one_line(error)}") from error
+    if outside:
+        raise UserError(f"the shard index {index} names a file outside its directory: {outside[0]}")
+    return weight_map
+
+
+def _pickle_refused(path: Path) -> UserError:
+    target = path.with_name("model.safetensors" if path.name == "pytorch_model.bin" else path.stem + ".safetensors")
+    return UserError(
+        f"{path} is a pickle, which can run code when it is opened; if you trust it, convert it once: "
+        'python -c "import torch, safetensors.torch as s; s.save_file({k: v.clone().contiguous() for k, v in '
+        f"torch.load('{path}', map_location='cpu', weights_only=True).items()}}, '{target}')\""
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+# ---- hub -------------------------------------------------------------------------------------------------
+
+
+def fetch(repo: str, filename: str) -> Path:
+    """Local path of a file of a Hugging Face repository, downloaded if need be.
+
+    HF_HUB_OFFLINE=1 looks in the cache only. Raises UserError naming the file and the repository.
+    """
+    path, reason = _try_fetch(repo, filename)
+    if path is None:
+        raise UserError(f"cannot get {filename} of {repo} from the Hugging Face hub: {reason}")
+    return path
+
+
+def fetch_weights(repo: str) -> Path:
+    """Local path for `read_state_dict`: a repository's model.safetensors, or its index, with all its shards fetched."""
+    path, reason = _try_fetch(repo, SINGLE_FILES[0])
+    if path is not None:
+        return path
+    index, _ = _try_fetch(repo, INDEX_FILE)
+    if index is None:
+        raise UserError(f"cannot get {SINGLE_FILES[0]} or {INDEX_FILE} of {repo} from the Hugging Face hub: {reason}")
+    for shard in sorted(set(_weight_map(index).values())):
+        fetch(repo, shard)
+    return index
+
+
+def _try_fetch(repo: str, filename: str) -> tuple[Path | None, str]:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, filename)), ""
+    except errors.LocalEntryNotFoundError:
+        return None, "it is not in the local cache and " + (
+            "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        )
+    except errors.GatedRepoError:
+        return None, "the repository is gated: accept its terms on the hub and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        return None, "there is no such repository (or it is private: set HF_TOKEN)"
+    except errors.EntryNotFoundError:
+        return None, "the repository has no such file"
+    except errors.HFValidationError as error:
+        return None, f"not a repository name and not a local path ({_one_line(error)})"
+    except Exception as error:  # network libraries raise their own types; each becomes the same single line
+        return None, _one_line(error)
+
+
+# ---- key tables ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """A donor tensor that holds several of ours one after the other along `dim`, in equal parts."""
+
+    targets: tuple[str, ...]
+    dim: int = 0
+
+
+Table = Mapping[str, str | None | Split]
+
+
+@lru_cache(maxsize=None)
+def _pattern(template: str) -> re.Pattern[str]:
+    body, star = (template[:-1], "(.*)") if template.endswith("*") else (template, "")
+    return re.compile(r"(\d+)".join(re.escape(part) for part in body.split("{}")) + star)
+
+
+def _match(key: str, templates: Iterable[str]) -> tuple[str, tuple[str, ...]] | None:
+    """The template that `key` follows, and what its {} and * stand for. An exact name comes before a template."""
+    if key in templates:
+        return key, ()
+    for template in templates:
+        match = _pattern(template).fullmatch(key)
+        if match:
+            return template, match.groups()
+    return None
+
+
+def _fill(template: str, parts: tuple[str, ...]) -> str:
+    return template.replace("*", "{}").format(*parts)
+
+
+def rename(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """A donor's state dict under our names. Raises UserError listing every key that the table does not know."""
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        found = _match(key, table)
+        if found is None:
+            unknown.append(key)
+            continue
+        rule = table[found[0]]
+        if isinstance(rule, Split):
+            count = len(rule.targets)
+            if tensor.ndim <= rule.dim or tensor.shape[rule.dim] % count:
+                raise UserError(f"{key} has shape {list(tensor.shape)}: axis {rule.dim} does not split into {count}")
+            parts = [(target, part.clone()) for target, part in zip(rule.targets, tensor.chunk(count, rule.dim))]
+        else:
+            parts = [(rule, tensor)] if rule is not None else []
+        for target, part in parts:
+            name = _fill(target, found[1])
+            if name in ours:
+                raise UserError(f"{key} and another key are both {name} here")
+            ours[name] = part
+    if unknown:
+        raise UserError(f"unknown keys: {_short(unknown)}")
+    return ours
+
+
+def export(state: Mapping[str, Tensor] | nn.Module, table: Table) -> dict[str, Tensor]:
+    """The inverse of `rename`: our state dict (or module) under the donor's names, without what the table drops."""
+    state = state.state_dict() if isinstance(state, nn.Module) else state
+    inverse = {}
+    for donor, rule in table.items():
+        targets = rule.targets if isinstance(rule, Split) else (rule,) if rule is not None else ()
+        inverse.update({target: (donor, position) for position, target in enumerate(targets)})
+    donors: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in state.items():
+        found = _match(key, inverse)
+        if found is None:
+            raise UserError(f"{key} has no name in the donor's table")
+        donor, position = inverse[found[0]]
+        name = _fill(donor, found[1])
+        if not isinstance(table[donor], Split):
+            donors[name] = tensor
+            continue
+        parts.setdefault(name, {})[position] = tensor
+        if len(parts[name]) == len(table[donor].targets):
+            pieces = parts.pop(name)
+            donors[name] = torch.cat([pieces[i] for i in sorted(pieces)], dim=table[donor].dim)
+    if parts:
+        raise UserError(f"incomplete groups of tensors for {_short(parts)}")
+    return donors
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], table: Table | None, donor_name: str) -> None:
+    """Load a donor's state dict into `module` in place, cast to the dtypes that the module has.
+
+    `table` None means that the names are the module's own. `donor_name` is what messages call the source. A module on
+    the meta device gets its memory here. Raises UserError, and changes nothing, if a key is unknown, missing or
+    unexpected or a shape differs; the message carries both sorted lists, the first 8 names of each.
+    """
+    mismatch = f"{donor_name} does not fit {type(module).__name__}"
+    if table is not None:
+        try:
+            state = rename(state, table)
+        except UserError as error:
+            raise UserError(f"{mismatch}: {error}") from error
+    own = module.state_dict()
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unexpected:
+        raise UserError(f"{mismatch}: {_both_lists(missing, unexpected)}")
+    wrong = []
+    for key, tensor in own.items():
+        if state[key].shape != tensor.shape:
+            wrong.append(f"{key} has shape {list(state[key].shape)}, expected {list(tensor.shape)}")
+        elif state[key].is_floating_point() != tensor.is_floating_point():
+            wrong.append(f"{key} has dtype {state[key].dtype}, expected {tensor.dtype}")
+    if wrong:
+        raise UserError(f"{mismatch}: {_short(wrong)}")
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    if on_meta:
+        state = {key: state[key].to(tensor.dtype, copy=True) for key, tensor in own.items()}
+    module.load_state_dict(state, strict=True, assign=on_meta)
+
+
+def _short(names: Iterable[str], limit: int = 8) -> str:
+    names = sorted(names)
+    rest = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest if names else "none"
+
+
+def _both_lists(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    return f"missing: {_short(missing)}; unexpected: {_short(unexpected)}"
+
+
+def fingerprint(state: Mapping[str, Tensor] | nn.Module) -> str:
+    """SHA-256 (hex) over the sorted names with shapes, dtypes and bytes: equal exactly if every stored number is."""
+    state = state.state_dict() if isinstance(state, nn.Module) else state
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+# ---- open_clip -------------------------------------------------------------------------------------------
+
+# What an open_clip checkpoint holds besides its image tower.
+OPEN_CLIP_TEXT: Table = {
+    # CLIP's own text tower, the custom-text layout (also Hugging Face text models), CoCa's caption decoder.
+    "positional_embedding": None,
+    "token_embedding.*": None,
+    "transformer.*": None,
+    "ln_final.*": None,
+    "text_projection": None,
+    "text.*": None,
+    "text_decoder.*": None,
+    "logit_scale": None,
+    "logit_bias": None,
+    # Three integers that OpenAI's own archives carry.
+    "input_resolution": None,
+    "context_length": None,
+    "vocab_size": None,
+}
+
+# To captioner.vit.VisionTransformer.
+OPEN_CLIP_VIT: Table = {
+    "visual.conv1.weight": "patch_embed.weight",
+    "visual.class_embedding": "class_embedding",
+    "visual.positional_embedding": "position_embedding",
+    "visual.ln_pre.weight": "norm_pre.weight",
+    "visual.ln_pre.bias": "norm_pre.bias",
+    "visual.transformer.resblocks.{}.ln_1.weight": "blocks.{}.norm1.weight",
+    "visual.transformer.resblocks.{}.ln_1.bias": "blocks.{}.norm1.bias",
+    "visual.transformer.resblocks.{}.attn.in_proj_weight": Split(
+        ("blocks.{}.attn.q_proj.weight", "blocks.{}.attn.k_proj.weight", "blocks.{}.attn.v_proj.weight")
+    ),
+    "visual.transformer.resblocks.{}.attn.in_proj_bias": Split(
+        ("blocks.{}.attn.q_proj.bias", "blocks.{}.attn.k_proj.bias", "blocks.{}.attn.v_proj.bias")
+    ),
+    "visual.transformer.resblocks.{}.attn.out_proj.weight": "blocks.{}.attn.o_proj.weight",
+    "visual.transformer.resblocks.{}.attn.out_proj.bias": "blocks.{}.attn.o_proj.bias",
+    "visual.transformer.resblocks.{}.ls_1.gamma": "blocks.{}.scale1.gamma",
+    "visual.transformer.resblocks.{}.ln_2.weight": "blocks.{}.norm2.weight",
+    "visual.transformer.resblocks.{}.ln_2.bias": "blocks.{}.norm2.bias",
+    "visual.transformer.resblocks.{}.mlp.c_fc.weight": "blocks.{}.mlp.fc1.weight",
+    "visual.transformer.resblocks.{}.mlp.c_fc.bias": "blocks.{}.mlp.fc1.bias",
+    "visual.transformer.resblocks.{}.mlp.c_proj.weight": "blocks.{}.mlp.fc2.weight",
+    "visual.transformer.resblocks.{}.mlp.c_proj.bias": "blocks.{}.mlp.fc2.bias",
+    "visual.transformer.resblocks.{}.ls_2.gamma": "blocks.{}.scale2.gamma",
+    # The pooled image embedding is not used: our tokens leave before the post-norm.
+    "visual.ln_post.*": None,
+    "visual.proj": None,
+    "visual.attn_pool.*": None,  # CoCa
+} | OPEN_CLIP_TEXT
