@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,9 @@ from captioner.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from captioner.t5 import T5
+    from captioner.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,91 @@ def _check_activation(name: str, tower_is_quick: bool, weights_are_quick: bool, 
     # An architecture that is QuickGELU without the suffix (roberta-ViT-B-32) has no twin; its tags leave the mark out.
     if tower_is_quick and not weights_are_quick and right != name:
         raise UserError(f"{source}: these weights were trained with GELU, and {name} has QuickGELU: use {right}")
+
+
+@dataclass(frozen=True)
+class TextBackbone:
+    """A built T5 with its vocabulary, and where they came from."""
+
+    module: "T5"
+    tokenizer: "Tokenizer | None"  # None: random weights without a vocabulary
+    name: str  # directory, repository, or config, as given
+    weights: str | None  # directory or repository, as given; None: random initialisation
+    weights_hash: str | None  # captioner.weights.fingerprint of the loaded module; None: random initialisation
+
+
+def build_text(spec: str | None, config: str | None = None, tokenizer_path: str | Path | None = None) -> TextBackbone:
+    """A T5 from `spec` (trained weights) or from `config` (random ones), on the CPU, in float32, in eval mode.
+
+    spec: a directory with config.json, spiece.model and model.safetensors (or an index and its shards), or the name of
+    a Hugging Face repository that has them. config: a row of `captioner.t5.SIZES`, or the path of a config.json.
+    tokenizer_path: another sentencepiece file than the directory's; with `config`, the embedding gets as many rows as it has ids.
+    Raises UserError for anything missing or that does not fit, and for a vocabulary larger than the embedding.
+    """
+    if (spec is None) == (config is None):
+        raise UserError("a text model is built either from trained weights (--text) or from a config (--text-config)")
+    if spec is None:
+        return _random_text(config, tokenizer_path)
+    return _trained_text(str(spec), tokenizer_path)
+
+
+def _random_text(config: str, tokenizer_path: str | Path | None) -> TextBackbone:
+    from captioner.t5 import T5, T5Config
+    from captioner.tokenizer import Tokenizer
+
+    sizes = T5Config.from_name(config)
+    tokenizer = None if tokenizer_path is None else Tokenizer(tokenizer_path)
+    if tokenizer is not None:
+        sizes = replace(sizes, vocab_size=len(tokenizer))
+        _check_vocabulary(tokenizer, sizes)
+    return TextBackbone(T5(sizes).eval(), tokenizer, config, None, None)
+
+
+def _trained_text(spec: str, tokenizer_path: str | Path | None) -> TextBackbone:
+    import torch
+
+    from captioner.files import read_json
+    from captioner.t5 import T5
+    from captioner.tokenizer import Tokenizer
+    from captioner.weights import fingerprint, load_into, read_state_dict, t5_from_hf, t5_table
+
+    config_file, vocabulary, weights = _text_files(spec, tokenizer_path is None)
+    values = read_json(config_file)
+    tokenizer = Tokenizer(tokenizer_path or vocabulary)
+    state, config = t5_from_hf(read_state_dict(weights), values, spec)
+    _check_vocabulary(tokenizer, config)
+    with torch.device("meta"):  # no time spent on random numbers that the weights replace
+        module = T5(config).eval()
+    load_into(module, state, t5_table(config), spec)
+    if config.tie_word_embeddings:
+        module.lm_head.weight = module.embedding.weight
+    return TextBackbone(module, tokenizer, spec, spec, fingerprint(module))
+
+
+def _text_files(spec: str, with_vocabulary: bool) -> tuple[Path, Path | None, Path]:
+    """config.json, spiece.model, and what `read_state_dict` takes, of a local directory or a repository."""
+    from captioner.tokenizer import FILE_NAME
+    from captioner.weights import fetch, fetch_weights
+
+    directory = Path(spec)
+    if directory.is_dir():
+        config, vocabulary = directory / "config.json", directory / FILE_NAME
+        for file in (config, vocabulary) if with_vocabulary else (config,):
+            if not file.is_file():
+                rest = " (a tokenizer.json alone is not read)" if file == vocabulary else ""
+                raise UserError(f"no {file.name} in the T5 directory {directory}{rest}")
+        return config, vocabulary, directory
+    if directory.exists():
+        raise UserError(f"{directory} is a file; a text model is a directory with config.json, {FILE_NAME} and model.safetensors")
+    try:
+        return fetch(spec, "config.json"), fetch(spec, FILE_NAME) if with_vocabulary else None, fetch_weights(spec)
+    except UserError as error:
+        raise UserError(f"{spec!r} is no local directory, and {error}") from error
+
+
+def _check_vocabulary(tokenizer: "Tokenizer", config) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{tokenizer.path} has {len(tokenizer)} ids, more than the {config.vocab_size} rows of the embedding")
+    ids, expected = (tokenizer.pad_id, tokenizer.eos_id), (config.pad_token_id, config.eos_token_id)
+    if ids != expected:
+        raise UserError(f"{tokenizer.path} has pad and eos at {ids}; the config has them at {expected}")

@@ -39,6 +39,7 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"  # or "relu" (v1.0)
     tie_word_embeddings: bool = False
+    scale_decoder_outputs: bool | None = None  # by d_model ** -0.5 before lm_head; None: where the embeddings are tied
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
@@ -46,6 +47,8 @@ class T5Config:
     def __post_init__(self):
         if self.feed_forward_proj not in ("gated-gelu", "relu"):
             raise UserError(f"feed_forward_proj {self.feed_forward_proj!r} is not one of gated-gelu, relu")
+        if self.scale_decoder_outputs is None:
+            self.scale_decoder_outputs = self.tie_word_embeddings
 
     @classmethod
     def from_dict(cls, values: dict) -> "T5Config":
@@ -334,7 +337,7 @@ class T5(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states (..., D) → (..., V)."""
-        if self.config.tie_word_embeddings:
+        if self.config.scale_decoder_outputs:
             hidden = hidden * self.config.d_model**-0.5
         return self.lm_head(hidden)
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.errors import UserError
+from captioner.t5 import T5Config
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 SINGLE_FILES = ("model.safetensors", "open_clip_model.safetensors")
@@ -354,3 +355,111 @@ OPEN_CLIP_VIT: Table = {
     "visual.proj": None,
     "visual.attn_pool.*": None,  # CoCa
 } | OPEN_CLIP_TEXT
+
+
+# ---- Hugging Face T5 -------------------------------------------------------------------------------------
+
+# To captioner.t5.T5. Both kinds of MLP are here; which one a file must have follows from its config.
+HF_T5: Table = {
+    "shared.weight": "embedding.weight",
+    "lm_head.weight": "lm_head.weight",
+    # Further names of shared.weight; t5_from_hf has compared them by then.
+    "encoder.embed_tokens.weight": None,
+    "decoder.embed_tokens.weight": None,
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "encoder.position_bias.embedding.weight",
+    "encoder.block.{}.layer.0.layer_norm.weight": "encoder.blocks.{}.self_attn_norm.weight",
+    "encoder.block.{}.layer.0.SelfAttention.q.weight": "encoder.blocks.{}.self_attn.q_proj.weight",
+    "encoder.block.{}.layer.0.SelfAttention.k.weight": "encoder.blocks.{}.self_attn.k_proj.weight",
+    "encoder.block.{}.layer.0.SelfAttention.v.weight": "encoder.blocks.{}.self_attn.v_proj.weight",
+    "encoder.block.{}.layer.0.SelfAttention.o.weight": "encoder.blocks.{}.self_attn.o_proj.weight",
+    "encoder.block.{}.layer.1.layer_norm.weight": "encoder.blocks.{}.mlp_norm.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wi.weight": "encoder.blocks.{}.mlp.wi.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight": "encoder.blocks.{}.mlp.wi_0.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight": "encoder.blocks.{}.mlp.wi_1.weight",
+    "encoder.block.{}.layer.1.DenseReluDense.wo.weight": "encoder.blocks.{}.mlp.wo.weight",
+    "encoder.final_layer_norm.weight": "encoder.norm.weight",
+    "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "decoder.position_bias.embedding.weight",
+    "decoder.block.{}.layer.0.layer_norm.weight": "decoder.blocks.{}.self_attn_norm.weight",
+    "decoder.block.{}.layer.0.SelfAttention.q.weight": "decoder.blocks.{}.self_attn.q_proj.weight",
+    "decoder.block.{}.layer.0.SelfAttention.k.weight": "decoder.blocks.{}.self_attn.k_proj.weight",
+    "decoder.block.{}.layer.0.SelfAttention.v.weight": "decoder.blocks.{}.self_attn.v_proj.weight",
+    "decoder.block.{}.layer.0.SelfAttention.o.weight": "decoder.blocks.{}.self_attn.o_proj.weight",
+    "decoder.block.{}.layer.1.layer_norm.weight": "decoder.blocks.{}.cross_attn_norm.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.q.weight": "decoder.blocks.{}.cross_attn.q_proj.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.k.weight": "decoder.blocks.{}.cross_attn.k_proj.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.v.weight": "decoder.blocks.{}.cross_attn.v_proj.weight",
+    "decoder.block.{}.layer.1.EncDecAttention.o.weight": "decoder.blocks.{}.cross_attn.o_proj.weight",
+    # The first checkpoints of v1.0 carry a bias that cross-attention never used.
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": None,
+    "decoder.block.{}.layer.2.layer_norm.weight": "decoder.blocks.{}.mlp_norm.weight",
+    "decoder.block.{}.layer.2.DenseReluDense.wi.weight": "decoder.blocks.{}.mlp.wi.weight",
+    "decoder.block.{}.layer.2.DenseReluDense.wi_0.weight": "decoder.blocks.{}.mlp.wi_0.weight",
+    "decoder.block.{}.layer.2.DenseReluDense.wi_1.weight": "decoder.blocks.{}.mlp.wi_1.weight",
+    "decoder.block.{}.layer.2.DenseReluDense.wo.weight": "decoder.blocks.{}.mlp.wo.weight",
+    "decoder.final_layer_norm.weight": "decoder.norm.weight",
+}
+OUR_T5 = {ours: donor for donor, ours in HF_T5.items() if ours is not None}
+
+
+def t5_table(config: T5Config) -> Table:
+    """`HF_T5` for one config: where it has no encoder, a file's encoder is known and left out."""
+    if config.num_layers:
+        return HF_T5
+    return {donor: None if donor.startswith("encoder.") else ours for donor, ours in HF_T5.items()}
+
+
+def t5_from_hf(state: Mapping[str, Tensor], values: Mapping, donor_name: str) -> tuple[dict[str, Tensor], T5Config]:
+    """A donor's state dict and the values of its config.json → state dict, still under the donor's names, with one
+    shared.weight and an lm_head.weight, and the config that says whether the two are tied.
+
+    transformers 5 writes `tie_word_embeddings: true` for every T5 and keeps v1.1's missing scaling in
+    `scale_decoder_outputs`; with that key, the file decides: its lm_head.weight, where it has one, is untied.
+    Raises UserError where names of one tensor hold different ones, or a config without that key says that they are tied.
+    """
+    state = dict(state)
+    try:
+        config = T5Config.from_dict(dict(values))
+    except UserError as error:
+        raise UserError(f"config.json of {donor_name}: {error}") from error
+    for alias in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        if alias in state and not _equal(state.setdefault("shared.weight", state[alias]), state[alias]):
+            raise UserError(f"{donor_name}: {alias} differs from shared.weight; T5 has one embedding")
+    if config.tie_word_embeddings and "shared.weight" in state:
+        tied = _equal(state.setdefault("lm_head.weight", state["shared.weight"]), state["shared.weight"])
+        if not tied and values.get("scale_decoder_outputs") is None:
+            raise UserError(
+                f"{donor_name}: its config ties lm_head to the embedding, and lm_head.weight differs from shared.weight; "
+                'set "tie_word_embeddings": false in config.json if this is a T5 v1.1 or Flan-T5'
+            )
+        config = replace(config, tie_word_embeddings=tied)
+    return state, config
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def t5_to_hf(state: Mapping[str, Tensor], config: T5Config) -> dict[str, Tensor]:
+    """The inverse: our state dict under Hugging Face's names, a tied lm_head left out as its own files do."""
+    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    return export({name: tensor for name, tensor in state.items() if name not in tied}, HF_T5)
+
+
+def hf_module_name(name: str) -> str:
+    """A text module's path in the captioner → in Hugging Face's T5, as PEFT files name it.
+
+    `text.decoder.blocks.0.cross_attn.q_proj` → `decoder.block.0.layer.1.EncDecAttention.q`. Raises UserError for others.
+    """
+    found = _match(name.removeprefix("text.") + ".weight", OUR_T5) if name.startswith("text.") else None
+    if found is None:
+        raise UserError(f"{name} has no counterpart in Hugging Face's T5")
+    return _fill(OUR_T5[found[0]], found[1]).removesuffix(".weight")
+
+
+def our_module_name(name: str) -> str:
+    """The inverse of `hf_module_name`."""
+    found = _match(name + ".weight", HF_T5)
+    ours = HF_T5[found[0]] if found else None
+    if ours is None:
+        raise UserError(f"{name} of Hugging Face's T5 has no counterpart here")
+    return "text." + _fill(ours, found[1]).removesuffix(".weight")

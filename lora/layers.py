@@ -1,0 +1,97 @@
+"""`LoRALinear`: a frozen nn.Linear with a trained low-rank update beside it (LoRA, arXiv 2106.09685; alpha / sqrt(rank), arXiv 2312.03732).
+
+Legend: R rank.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lora.functional import lora_linear
+
+INITS = ("gaussian", "kaiming")
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scaling * dropout(x) A^T B^T, with scaling = alpha / sqrt(rank).
+
+    base is kept as it is and frozen. A (R, in) is normal with standard deviation 1/R (`gaussian`) or PEFT's default (`kaiming`), B (out, R) is zero:
+    the first output is base's own. A and B are fp32 even beside a bf16 base. train() and eval() switch dropout and touch no weight; `merge` and
+    `unmerge` are explicit, and while merged the update lies in base.weight and forward is base alone.
+    Raises ValueError on rank < 1, dropout outside [0, 1), an unknown init, or a base that is no nn.Linear.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 8,
+        alpha: float = 8.0,
+        dropout: float = 0.1,
+        init: str = "gaussian",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"LoRA goes on nn.Linear, not on {type(base).__name__}")
+        check_settings(rank, dropout, init)
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.rank, self.alpha, self.dropout, self.init = rank, alpha, dropout, init
+        self.scaling = alpha / math.sqrt(rank)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=base.weight.device))
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        if self.merged:
+            return self.base(x)
+        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling, self.dropout, self.training)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Its own parameters by name, without base's."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged_weight is not None
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """scaling * B A (out, in), in the dtype of A and B."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to base.weight, rounding once; the old weight is kept for `unmerge`. Does nothing if merged already."""
+        if self.merged:
+            return
+        self.unmerged_weight = self.base.weight.detach().clone()
+        self.base.weight.copy_(self.base.weight.to(self.lora_A.dtype) + self.delta_weight())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put base.weight back, bit for bit. Does nothing if not merged."""
+        if not self.merged:
+            return
+        self.base.weight.copy_(self.unmerged_weight)
+        self.unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}, merged={self.merged}"
+
+
+def check_settings(rank: int, dropout: float, init: str) -> None:
+    """Raises ValueError, in one line, on settings that no LoRALinear can have."""
+    if rank < 1:
+        raise ValueError(f"LoRA rank must be at least 1, not {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"LoRA dropout must be at least 0 and below 1, not {dropout}")
+    if init not in INITS:
+        raise ValueError(f"unknown LoRA init {init!r}: one of {', '.join(INITS)}")

@@ -1,0 +1,125 @@
+"""The feature cache: equal to live encoding, keyed by content and encoder, safe against interrupts and damage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from captioner.backbones import Backbone, build_vision
+from captioner.errors import UserError
+from captioner.features import FeatureStore
+from data.dataset import BadImageLedger
+from data.rows import FileImage, Row
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return build_vision("ViT-Tiny-Scenes", 16)
+
+
+@pytest.fixture
+def rows(tmp_path) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    for k in range(5):
+        pixels = torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{k}.png")
+    return [Row(f"{k}.png", FileImage(tmp_path / f"{k}.png"), ("a picture",)) for k in range(5)]
+
+
+def live(backbone: Backbone, row: Row) -> torch.Tensor:
+    with torch.no_grad():
+        return backbone.module(backbone.transform(row.image.open())[None])[0]
+
+
+def prepared(directory: Path, backbone: Backbone, rows, ledger=BadImageLedger(), **options) -> FeatureStore:
+    store = FeatureStore(directory, backbone, **options)
+    store.prepare(rows, ledger, CPU, batch_size=2, images_per_shard=2)
+    return store
+
+
+def test_stored_tokens_are_the_encoders(backbone, rows, tmp_path):
+    store = prepared(tmp_path / "cache", backbone, rows)
+    for row in rows:
+        assert torch.allclose(store.get(row), live(backbone, row), atol=1e-5)
+    half = prepared(tmp_path / "cache", backbone, rows, dtype=torch.bfloat16)
+    assert half.get(rows[0]).dtype == torch.bfloat16
+    assert torch.equal(half.get(rows[0]), store.get(rows[0]).bfloat16())
+
+
+def test_a_second_pass_encodes_nothing_even_under_new_names(backbone, rows, tmp_path, monkeypatch):
+    first = prepared(tmp_path / "cache", backbone, rows)
+    renamed = [Row(f"renamed-{row.id}", row.image, row.captions) for row in rows]
+    monkeypatch.setattr(backbone.module, "forward", lambda pixels: pytest.fail("encoded again"))
+    again = prepared(tmp_path / "cache", backbone, renamed)
+    assert torch.equal(again.get(renamed[3]), first.get(rows[3]))
+
+
+def test_the_same_id_in_two_splits_is_two_images(backbone, rows, tmp_path):
+    twin = Row(rows[0].id, rows[1].image, rows[1].captions)
+    store = prepared(tmp_path / "cache", backbone, [rows[0], twin])
+    assert torch.allclose(store.get(rows[0]), live(backbone, rows[0]), atol=1e-5)
+    assert torch.allclose(store.get(twin), live(backbone, rows[1]), atol=1e-5)
+
+
+def test_a_changed_image_is_encoded_again(backbone, rows, tmp_path):
+    before = prepared(tmp_path / "cache", backbone, rows).get(rows[1])
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "1.png")
+    after = prepared(tmp_path / "cache", backbone, rows).get(rows[1])
+    assert not torch.equal(before, after)
+    assert torch.allclose(after, live(backbone, rows[1]), atol=1e-5)
+
+
+def test_another_encoder_or_transform_never_reads_these(backbone, rows, tmp_path):
+    prepared(tmp_path / "cache", backbone, rows)
+    torch.manual_seed(1)
+    other = build_vision("ViT-Tiny-Scenes", 16)
+    store = prepared(tmp_path / "cache", other, rows)
+    assert torch.allclose(store.get(rows[0]), live(other, rows[0]), atol=1e-5)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_interrupt_keeps_the_finished_shards(backbone, rows, tmp_path):
+    def stop_after_two(batches, _):
+        for count, batch in enumerate(batches):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    store = FeatureStore(tmp_path / "cache", backbone)
+    with pytest.raises(KeyboardInterrupt):
+        store.prepare(rows, BadImageLedger(), CPU, batch_size=2, images_per_shard=2, progress=stop_after_two)
+    seen = []
+    resumed = FeatureStore(tmp_path / "cache", backbone)
+    resumed.prepare(rows, BadImageLedger(), CPU, batch_size=2, images_per_shard=2, progress=lambda batches, _: (seen.append(b["ids"]) or b for b in batches))
+    assert [len(ids) for ids in seen] == [1]
+    assert all(torch.allclose(resumed.get(row), live(backbone, row), atol=1e-5) for row in rows)
+
+
+def test_bad_images_go_to_the_ledger_and_have_no_features(backbone, rows, tmp_path):
+    (tmp_path / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (tmp_path / "3.png").unlink()
+    ledger = BadImageLedger(warn=lambda line: None)
+    store = prepared(tmp_path / "cache", backbone, rows, ledger)
+    assert {Path(bad.name).name for bad in ledger.rows.values()} == {"2.png", "3.png"}
+    assert store.get(rows[2]) is None and store.get(rows[3]) is None and store.get(rows[4]) is not None
+
+
+def test_a_damaged_shard_is_named(backbone, rows, tmp_path):
+    store = prepared(tmp_path / "cache", backbone, rows)
+    for shard in store.directory.glob("*.safetensors"):
+        shard.write_bytes(b"\x00" * 16)
+    fresh = FeatureStore(tmp_path / "cache", backbone)
+    fresh.prepare(rows, BadImageLedger(), CPU)
+    with pytest.raises(UserError, match=r"safetensors: cannot read features .* delete"):
+        fresh.get(rows[0])
+
+
+def test_the_index_says_what_made_it(backbone, rows, tmp_path):
+    store = prepared(tmp_path / "cache", backbone, rows)
+    index = json.loads(store.index_path.read_text())
+    assert index["backbone"] == "ViT-Tiny-Scenes" and index["transform"]["image_size"] == 16 and len(index["images"]) == 5

@@ -1,0 +1,440 @@
+"""Train a captioner: settings → data → backbones → adapters → optimiser → loop → run directory.
+
+    python train.py --lora-targets attn,ffn                          the embedded demo: drawn scenes, tiny backbones, minutes on two CPU cores
+    python train.py --preset base --data DATA                        CLIP ViT-B/16 and Flan-T5-base, frozen; bridge and LoRA trained
+    python train.py --base runs/NAME --data DATA                     adapt a trained run, frozen, to other pictures or another style
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from captioner import cli  # first: it sets how OpenMP threads wait
+from captioner.cli import setting
+
+import torch  # noqa: I001
+from torch import Tensor
+from tqdm import tqdm
+
+import lora
+from captioner import checkpoint, generate, metrics, report
+from captioner.backbones import Backbone, build_text, build_vision
+from captioner.errors import UsageError, UserError
+from captioner.features import FeatureStore
+from captioner.model import Captioner
+from captioner.runtime import choose_device, choose_precision, encode_images, versions
+from captioner.tokenizer import Tokenizer, train_tokenizer
+from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loader
+from data.images import BadImage
+from data.readers import read
+from data.rows import DataError, Row
+
+
+@dataclass
+class Settings:
+    """Every setting of a training run; each field is one flag, and all are saved in the run's config.json."""
+
+    preset: str = setting("demo", "defaults for the settings below", ("demo", "base", "large"))
+    vision: str | None = setting(None, "image encoder: an open_clip architecture or timm/NAME, then :TAG or :FILE for its weights")
+    text: str | None = setting(None, "decoder: a Hugging Face T5 directory or repository")
+    text_config: str | None = setting(None, "decoder with random weights: a named size or a T5 config.json")
+    tokenizer: str | None = setting(None, "spiece.model for --text-config; without it a vocabulary is learned from the training captions")
+    vocab_size: int = setting(4000, "pieces of a learned vocabulary")
+    base: str | None = setting(None, "start from this trained run, its adapters merged, instead of --vision and --text")
+    image_size: int | None = setting(None, "input size in pixels, if not the encoder's own")
+    data: str = setting("scenes", "folder with SPLIT/metadata.jsonl, or scenes (drawn)")
+    train_split: str = setting("train", "split to train on")
+    val_split: str = setting("val", "split to evaluate on")
+    limit: int | None = setting(None, "use only the first N images of each split")
+    captions_per_image: str = setting("1", "captions of an image in a step: one picked by (seed, epoch, id), or all with the image encoded once", ("1", "all"))
+    max_caption_tokens: int = setting(40, "longer captions are cut, keeping the end token")
+    on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
+    cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
+    workers: int = setting(0, "processes that decode images")
+    lora_targets: tuple[str, ...] = setting(("attn", "ffn"), "linear layers that get LoRA: groups attn, ffn, or names such as cross_attn.q_proj; none for no LoRA")
+    lora_where: tuple[str, ...] = setting(("decoder",), "towers that get LoRA", ("decoder", "encoder", "vision"))
+    lora_rank: int = setting(8, "rank")
+    lora_alpha: float = setting(8.0, "scaling is alpha / sqrt(rank)")
+    lora_dropout: float = setting(0.1, "dropout on the input of LoRA")
+    lora_init: str = setting("gaussian", "first values of A: normal with standard deviation 1/rank, or PEFT's default", ("gaussian", "kaiming"))
+    train_base: tuple[str, ...] = setting((), "backbones to train too", ("vision", "text"))
+    epochs: int = setting(4, "passes over the training images")
+    max_steps: int | None = setting(None, "stop after N optimiser steps")
+    batch_size: int = setting(128, "images in a micro-batch")
+    grad_accumulation: int = setting(1, "micro-batches in an optimiser step")
+    lr: float = setting(5e-4, "peak learning rate")
+    weight_decay: float = setting(0.0, "AdamW's, on matrices other than embeddings")
+    schedule: str = setting("linear", "learning rate after the warm-up", ("linear", "cosine", "constant"))
+    warmup_ratio: float = setting(0.2, "share of the steps in which the learning rate rises from 0")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    label_smoothing: float = setting(0.0, "share of the target probability spread over the vocabulary")
+    dropout: float | None = setting(None, "T5's own dropout while training, if not that of its config")
+    precision: str = setting("auto", "bf16 where the device computes in it, else fp32", ("auto", "fp32", "bf16"))
+    seed: int = setting(0, "of initial weights, data order, caption choice and dropout")
+    eval_every: int | None = setting(None, "steps between evaluations (once an epoch if not given)")
+    eval_images: int = setting(500, "evaluate on the first N images of the validation split")
+    best_by: str = setting("CIDEr", "what the best checkpoint is best in", ("CIDEr", "loss"))
+    log_every: int = setting(10, "steps between lines of metrics.jsonl")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    resume: str | None = setting(None, "go on with this interrupted run, with its own settings")
+    output: str | None = setting(None, "run directory (runs/PRESET-DATE-TIME if not given)")
+    json: str | None = setting(None, "write a summary to this file, or - for stdout")
+
+
+PRESETS = {
+    "demo": dict(
+        vision="ViT-Tiny-Scenes", text_config="t5-tiny", vocab_size=400, train_base=("vision", "text"), epochs=12, batch_size=64, lr=1e-3, warmup_ratio=0.1, schedule="cosine",
+        captions_per_image="all", weight_decay=0.05,
+    ),
+    "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
+    "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
+}
+SHOWN_CAPTIONS = 4
+
+
+@dataclass
+class TrainState:
+    """All that changes while training besides weights and optimiser moments; everything random is a function of (seed, step)."""
+
+    step: int = 0  # optimiser steps done
+    best: list[float] | None = None  # scores of checkpoints/best, higher is better, the first one counts most
+    best_step: int | None = None
+
+
+def get_lr(step: int, total: int, settings: Settings) -> float:
+    """Learning rate of a step in [0, total): a linear rise from 0 over the warm-up, then the schedule, ending near 0."""
+    warmup = round(settings.warmup_ratio * total)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    factor = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[settings.schedule]
+    return settings.lr * factor
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings that contradict each other; raises UsageError."""
+    for name in ("epochs", "batch_size", "grad_accumulation", "eval_images", "log_every", "max_caption_tokens", "vocab_size"):
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("limit", "max_steps", "eval_every"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if settings.cache_features and ("vision" in settings.train_base or (settings.lora_targets and "vision" in settings.lora_where)):
+        raise UsageError("--cache-features needs a frozen image encoder: drop vision from --train-base and --lora-where")
+    if not 0 <= settings.warmup_ratio <= 1:
+        raise UsageError("--warmup-ratio must be between 0 and 1")
+    if settings.seed < 0:
+        raise UsageError("--seed must not be negative")
+
+
+def resolve(argv: list[str] | None) -> Settings:
+    """Settings from the command line: preset, then flags; a resumed run brings its own."""
+    settings = cli.parse_settings(Settings, argv, __doc__, PRESETS)
+    if settings.resume:
+        saved = checkpoint.read_config(settings.resume)["settings"]
+        extra = sorted(settings.given - {"resume", "device", "workers", "json", "preset"})
+        if extra:
+            raise UsageError(f"--resume keeps the settings of the run; remove --{extra[0].replace('_', '-')}")
+        restored = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        kept = {name: getattr(settings, name) for name in settings.given - {"preset"}}
+        settings = Settings(**(restored | {"json": None} | kept | {"output": settings.resume}))
+        settings.given = frozenset()
+    elif settings.base:
+        if settings.given & {"vision", "text", "text_config", "tokenizer"}:
+            raise UsageError("--base brings both backbones; remove --vision, --text, --text-config and --tokenizer")
+        settings.vision = settings.text = settings.text_config = None
+        if "train_base" not in settings.given:
+            settings.train_base = ()
+    elif "text" in settings.given and "text_config" in settings.given:
+        raise UsageError("--text and --text-config exclude each other: trained weights or random ones")
+    elif "text" in settings.given:
+        settings.text_config = None
+    elif "text_config" in settings.given:
+        settings.text = None
+    check(settings)
+    return settings
+
+
+def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Captioner, Tokenizer, Backbone, dict]:
+    """Model and tokenizer, the image encoder as a `Backbone` (for its transform), and the facts from which `checkpoint.load` rebuilds them."""
+    trained = set(settings.train_base)
+    adapted = set(settings.lora_where) if settings.lora_targets else set()
+    if settings.base:
+        facts = checkpoint.read_config(settings.base)["model"]
+        model, tokenizer, transform = checkpoint.load(settings.base, merge=True)
+        vision = Backbone(model.vision, transform, facts["vision"]["name"], facts["vision"]["weights"], facts["vision"]["hash"])
+        # Weights that the base run's adapters were merged into exist nowhere else.
+        facts["vision"]["embedded"] |= "vision" in trained | set(facts["adapted"])
+        facts["text"]["embedded"] |= bool({"text", "encoder", "decoder"} & (trained | set(facts["adapted"])))
+    else:
+        vision = build_vision(settings.vision, settings.image_size)
+        tokenizer_path = settings.tokenizer
+        if settings.text_config and not tokenizer_path:
+            tokenizer_path = directory / "spiece.model"
+            train_tokenizer([caption for row in rows for caption in row.captions], tokenizer_path, settings.vocab_size)
+        text = build_text(settings.text, settings.text_config, tokenizer_path)
+        tokenizer = text.tokenizer
+        model = Captioner(vision.module, text.module)
+        facts = {
+            "vision": checkpoint.describe(vision, embedded=vision.weights is None or "vision" in trained),
+            "text": checkpoint.describe(text, embedded=text.weights is None or "text" in trained),
+        }
+    facts["adapted"] = sorted(adapted)
+    return model, tokenizer, vision, facts
+
+
+def make_optimizer(trainable: dict[str, Tensor], settings: Settings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay only on matrices that multiply activations."""
+    decayed = [p for name, p in trainable.items() if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in trainable.items() if p.ndim < 2 or "embedding" in name]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, fused=True)
+
+
+class Trainer:
+    """The loop and what it needs: one optimiser step, an evaluation, a checkpoint."""
+
+    def __init__(self, settings: Settings, run: Path, model: Captioner, tokenizer: Tokenizer, trainable: dict[str, Tensor], facts: dict, device: torch.device, precision: str):
+        self.settings, self.run, self.model, self.tokenizer, self.trainable, self.facts = settings, run, model, tokenizer, trainable, facts
+        self.device = device
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.optimizer = make_optimizer(trainable, settings)
+        self.state = TrainState()
+        self.trains_vision = any(name.startswith("vision.") for name in trainable)
+
+    def set_training(self, training: bool) -> None:
+        """Dropout on or off. A frozen image encoder stays in eval mode; a frozen decoder keeps T5's dropout while adapters train, as it was trained with."""
+        self.model.train(training)
+        if not self.trains_vision:
+            self.model.vision.eval()
+
+    def train_step(self, batches: list[dict], lr: float) -> tuple[float, float]:
+        """One optimiser step over micro-batches, each token weighing the same; (loss per token, gradient norm). Raises UserError where not finite."""
+        self.set_training(True)
+        labels = [batch["labels"].flatten(0, 1).to(self.device) for batch in batches]  # (B, G, T) → (B*G, T)
+        total = sum(int((micro != -100).sum()) for micro in labels)
+        loss_sum = 0.0
+        for index, (batch, micro) in enumerate(zip(batches, labels, strict=True)):
+            torch.manual_seed(((self.settings.seed << 40) + (self.state.step << 12) + index) % 2**63)
+            with self.autocast:
+                memory = encode_images(self.model, batch, self.device, self.trains_vision)
+                loss, _ = self.model.loss(memory, micro, self.settings.label_smoothing)
+            (loss / total).backward()
+            loss_sum += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), self.settings.clip).item()
+        if not math.isfinite(loss_sum) or not math.isfinite(norm):
+            kept = f"; the weights of the last evaluation are in {self.run / 'checkpoints' / 'last'}"
+            raise UserError(f"non-finite {'loss' if not math.isfinite(loss_sum) else 'gradient'} at step {self.state.step + 1}{kept}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        return loss_sum / total, norm
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[dict]) -> tuple[dict, list[tuple[str, str, str]]]:
+        """Loss per token over all captions and CIDEr of greedy captions; (scores, rows of image id, caption, first reference)."""
+        self.set_training(False)
+        loss_sum, tokens, rows, references = 0.0, 0, [], []
+        for batch in batches:
+            with self.autocast:
+                memory = encode_images(self.model, batch, self.device)
+                loss, count = self.model.loss(memory, batch["labels"].flatten(0, 1).to(self.device))
+                ids = generate.greedy(self.model, memory, max_new_tokens=min(30, self.settings.max_caption_tokens))
+            loss_sum, tokens = loss_sum + loss.item(), tokens + count
+            captions = self.tokenizer.decode(ids)
+            rows += [(image_id, caption, texts[0]) for image_id, caption, texts in zip(batch["ids"], captions, batch["captions"], strict=True)]
+            references += batch["captions"]
+        if not rows:
+            raise UserError("no image of the validation split can be read")
+        cider, _ = metrics.cider([caption for _, caption, _ in rows], references, tokenize="ptb")
+        return {"loss": loss_sum / tokens, "CIDEr": cider, "n": len(rows)}, rows
+
+    def save(self, is_best: bool) -> None:
+        """checkpoints/last with all that a resume needs; where best, checkpoints/best and the files at the top of the run."""
+
+        def write_weights(directory: Path) -> None:
+            checkpoint.save_weights(self.model, self.tokenizer, self.facts, directory)
+            checkpoint.write_json(directory / "state.json", dataclasses.asdict(self.state))
+
+        def write_all(directory: Path) -> None:
+            write_weights(directory)
+            names = {parameter: name for name, parameter in self.trainable.items()}
+            checkpoint.save_optimizer(self.optimizer, names, directory / "optimizer.safetensors")
+
+        if is_best:
+            checkpoint.publish(self.run, checkpoint.save_checkpoint(self.run, "best", write_weights))
+        checkpoint.save_checkpoint(self.run, "last", write_all)
+
+    def restore(self) -> None:
+        """State and optimiser of checkpoints/last; the weights were loaded with the model."""
+        last = self.run / "checkpoints" / "last"
+        self.state = TrainState(**checkpoint.read_json(last / "state.json"))
+        if self.state.step:
+            checkpoint.load_optimizer(self.optimizer, self.trainable, last / "optimizer.safetensors")
+
+    def log(self, **values) -> None:
+        """One line of metrics.jsonl."""
+        with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.state.step, **values}) + "\n")
+
+    def evaluate_and_save(self, batches: Iterable[dict]) -> dict:
+        """Evaluate, show a few captions, log, plot and save."""
+        scores, rows = self.evaluate(batches)
+        score = [scores["CIDEr"], -scores["loss"]] if self.settings.best_by == "CIDEr" else [-scores["loss"]]
+        is_best = self.state.best is None or score > self.state.best
+        if is_best:
+            self.state.best, self.state.best_step = score, self.state.step
+        self.save(is_best)
+        shown = [{"id": image_id, "caption": caption, "reference": reference} for image_id, caption, reference in rows[:SHOWN_CAPTIONS]]
+        self.log(split="val", **scores, captions=shown)
+        report.plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
+        say(f"step {self.state.step}: val loss {scores['loss']:.4f}, CIDEr {scores['CIDEr']:.3f} (greedy, {scores['n']} images){', best so far' if is_best else ''}")
+        for row in shown:
+            say(f"    {row['id']}: {row['caption'] or '(empty)'}    [reference: {row['reference']}]")
+        return scores
+
+
+def say(line: str) -> None:
+    """A line for people, above the progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def new_run_directory(settings: Settings) -> Path:
+    """The run's directory, made; raises UserError where it already holds a run."""
+    run = Path(settings.output or f"runs/{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if settings.resume is None and (run / "config.json").exists():
+        raise UserError(f"{run} already holds a run: choose another --output, or go on with it by --resume {run}")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    settings = resolve(argv)
+    started = time.perf_counter()
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    torch.manual_seed(settings.seed)
+    train_rows = read(settings.data, settings.train_split)[: settings.limit]
+    val_rows = read(settings.data, settings.val_split)[: settings.limit][: settings.eval_images]
+    run = new_run_directory(settings)
+    ledger = BadImageLedger(settings.on_bad, say)
+
+    if settings.resume:
+        facts = checkpoint.read_config(run)["model"]
+        model, tokenizer, transform = checkpoint.load(run, checkpoint="last")
+        vision = Backbone(model.vision, transform, facts["vision"]["name"], facts["vision"]["weights"], facts["vision"]["hash"])
+    else:
+        model, tokenizer, vision, facts = build(settings, train_rows, run)
+        if settings.lora_targets:
+            with translated(ValueError):
+                lora.apply_lora(
+                    model, settings.lora_targets, settings.lora_where, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_init
+                )
+    if settings.dropout is not None:
+        model.text.set_dropout(settings.dropout)
+    trainable = lora.set_trainable(model, also=("bridge", *settings.train_base))
+    say(lora.format_parameter_table(lora.parameter_table(model, trainable)))
+
+    store = None
+    if settings.cache_features:
+        store = FeatureStore(Path(settings.cache_features), vision, torch.bfloat16 if precision == "bf16" else torch.float32)
+        store.prepare(train_rows + val_rows, ledger, device, settings.workers, progress=progress)
+    model.to(device)
+    if precision == "bf16":
+        model.cast_frozen(torch.bfloat16)
+
+    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision)
+    if settings.resume:
+        trainer.restore()
+    else:
+        checkpoint.write_config(run, dataclasses.asdict(settings), facts, versions())
+    steps_per_epoch = math.ceil(math.ceil(len(train_rows) / settings.batch_size) / settings.grad_accumulation)
+    total = settings.max_steps or settings.epochs * steps_per_epoch
+    eval_every = settings.eval_every or steps_per_epoch
+    say(f"{run}: {len(train_rows)} images, {total} steps of {settings.batch_size * settings.grad_accumulation} images, {device}, {precision}")
+    train_data = CaptionDataset(train_rows, vision.transform, store)
+    val_data = CaptionDataset(val_rows, vision.transform, store)
+
+    def val_batches() -> Iterable[dict]:
+        return make_loader(val_data, tokenizer.encode, settings.batch_size, range(len(val_rows)), settings.workers, "all", ledger=ledger)
+
+    def train_batches() -> Iterable[list[dict]]:
+        """The micro-batches of each step from the current one on, epoch after epoch."""
+        for epoch in itertools.count(trainer.state.step // steps_per_epoch):
+            loader = make_loader(
+                train_data, tokenizer.encode, settings.batch_size, epoch_order(len(train_rows), settings.seed, epoch), settings.workers,
+                settings.captions_per_image, seed=settings.seed, epoch=epoch, max_caption_tokens=settings.max_caption_tokens,
+                start_batch=max(0, trainer.state.step - epoch * steps_per_epoch) * settings.grad_accumulation, ledger=ledger,
+            )  # fmt: skip
+            empty = True
+            for _, group in itertools.groupby(loader, key=lambda batch: batch["batch_index"] // settings.grad_accumulation):
+                empty = False
+                yield list(group)
+            if empty and trainer.state.step % steps_per_epoch == 0:
+                raise UserError("no image of the training split can be read")
+
+    scores: dict = {}
+    with cli.StopSignal() as stop, tqdm(total=total, initial=trainer.state.step, disable=None, unit="step", dynamic_ncols=True) as bar:
+        window_start, window_images, window_loss = time.perf_counter(), 0, []
+        if trainer.state.step == 0:
+            scores = trainer.evaluate_and_save(val_batches())
+        for batches in train_batches():
+            if trainer.state.step >= total or stop.number is not None:
+                break
+            lr = get_lr(trainer.state.step, total, settings)
+            loss, norm = trainer.train_step(batches, lr)
+            window_images, window_loss = window_images + sum(len(batch["ids"]) for batch in batches), [*window_loss, loss]
+            step, last = trainer.state.step, trainer.state.step == total
+            bar.update()
+            if step % settings.log_every == 0 or last:
+                speed = window_images / (time.perf_counter() - window_start)
+                values = {"loss": sum(window_loss) / len(window_loss), "lr": lr, "grad_norm": norm, "images_per_s": speed}
+                trainer.log(split="train", epoch=step / steps_per_epoch, **values)
+                bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} images/s")
+                if bar.disable and (step % (10 * settings.log_every) == 0 or last):
+                    left = (total - step) * (time.perf_counter() - window_start) / len(window_loss)
+                    say(f"step {step}/{total}: loss {values['loss']:.4f}, {speed:.1f} images/s, {tqdm.format_interval(left)} left")
+                window_start, window_images, window_loss = time.perf_counter(), 0, []
+            if step % eval_every == 0 or last:
+                scores = trainer.evaluate_and_save(val_batches())
+                window_start = time.perf_counter()
+        if stop.number is not None:
+            trainer.save(is_best=False)
+            say(f"stopped after step {trainer.state.step}; go on with: python train.py --resume {run}")
+            return stop.exit_code
+
+    seconds = time.perf_counter() - started
+    say(f"done in {tqdm.format_interval(seconds)}: {run} (best step {trainer.state.best_step})")
+    summary = {"run": str(run), "steps": trainer.state.step, "best_step": trainer.state.best_step, "val": scores, "seconds": seconds, "bad_images": ledger.to_list()}
+    checkpoint.write_json(settings.json, summary)
+    if ledger:
+        say(ledger.summary())
+        return cli.SOME_BAD
+    return cli.DONE
+
+
+@contextlib.contextmanager
+def translated(*kinds: type[Exception]):
+    """Turn the one-line exceptions of packages that know nothing of commands into UserError."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error
+
+
+def progress(batches: Iterable, description: str) -> Iterable:
+    """A progress bar over batches, only on a terminal."""
+    return tqdm(batches, desc=description, disable=None, unit="batch", dynamic_ncols=True)
+
+
+if __name__ == "__main__":
+    cli.run_command(main, expected=(DataError, BadImage))
