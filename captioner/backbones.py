@@ -156,7 +156,8 @@ def build_text(spec: str | None, config: str | None = None, tokenizer_path: str 
 
     spec: a directory with config.json, spiece.model and model.safetensors (or an index and its shards), or the name of
     a Hugging Face repository that has them. config: a row of `captioner.t5.SIZES`, or the path of a config.json.
-    tokenizer_path: another sentencepiece file than the directory's; with `config`, the embedding gets as many rows as it has ids.
+    tokenizer_path: another sentencepiece file than the directory's; with `config`, the embedding gets as many rows as
+    it has ids.
     Raises UserError for anything missing or that does not fit, and for a vocabulary larger than the embedding.
     """
     if (spec is None) == (config is None):
@@ -213,7 +214,9 @@ def _text_files(spec: str, with_vocabulary: bool) -> tuple[Path, Path | None, Pa
                 raise UserError(f"no {file.name} in the T5 directory {directory}{rest}")
         return config, vocabulary, directory
     if directory.exists():
-        raise UserError(f"{directory} is a file; a text model is a directory with config.json, {FILE_NAME} and model.safetensors")
+        raise UserError(
+            f"{directory} is a file; a text model is a directory with config.json, {FILE_NAME} and model.safetensors"
+        )
     try:
         return fetch(spec, "config.json"), fetch(spec, FILE_NAME) if with_vocabulary else None, fetch_weights(spec)
     except UserError as error:
@@ -222,7 +225,9 @@ def _text_files(spec: str, with_vocabulary: bool) -> tuple[Path, Path | None, Pa
 
 def _check_vocabulary(tokenizer: "Tokenizer", config) -> None:
     if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{tokenizer.path} has {len(tokenizer)} ids, more than the {config.vocab_size} rows of the embedding")
+        raise UserError(
+            f"{tokenizer.path} has {len(tokenizer)} ids, more than the {config.vocab_size} rows of the embedding"
+        )
     ids, expected = (tokenizer.pad_id, tokenizer.eos_id), (config.pad_token_id, config.eos_token_id)
     if ids != expected:
         raise UserError(f"{tokenizer.path} has pad and eos at {ids}; the config has them at {expected}")

@@ -1,8 +1,9 @@
 """Text ↔ ids with a sentencepiece vocabulary, as T5 uses it. Imports no torch.
 
-Paper: "SentencePiece: A simple and language independent subword tokenizer and detokenizer for Neural Text Processing" (arXiv 1808.06226).
-Ids and text match `transformers.T5Tokenizer` (release 5.23, without clean-up of spaces). One difference is left: where two
-segmentations of a word have the same score ("l ll", "ll l"), sentencepiece adds the scores in another order and may take the other one.
+Paper: "SentencePiece: A simple and language independent subword tokenizer and detokenizer for Neural Text Processing"
+(arXiv 1808.06226). Ids and text match `transformers.T5Tokenizer` (release 5.23, without clean-up of spaces). One
+difference is left: where two segmentations of a word have the same score ("l ll", "ll l"), sentencepiece adds the
+scores in another order and may take the other one.
 """
 
 import io
@@ -30,7 +31,9 @@ class Tokenizer:
         self.path = Path(path)
         self.extra_ids = extra_ids
         self._processor = self._read()
-        self.pad_id, self.eos_id, self.unk_id = self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()
+        self.pad_id = self._processor.pad_id()
+        self.eos_id = self._processor.eos_id()
+        self.unk_id = self._processor.unk_id()
         lacking = [name for name, i in (("pad", self.pad_id), ("eos", self.eos_id), ("unk", self.unk_id)) if i < 0]
         if lacking:
             raise UserError(f"{self.path} is not a T5 vocabulary: it has no {', '.join(lacking)} piece")
@@ -60,8 +63,9 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, ending in eos; nothing is truncated or padded.
 
-        Any white space counts as one space. The text of a special piece (`</s>`, `<pad>`, `<unk>`, `<extra_id_3>`) becomes that piece,
-        and the words after it start anew, as in transformers. Raises UserError for lone surrogates, which no file can hold.
+        Any white space counts as one space. The text of a special piece (`</s>`, `<pad>`, `<unk>`, `<extra_id_3>`)
+        becomes that piece, and the words after it start anew, as in transformers. Raises UserError for lone
+        surrogates, which no file can hold.
         """
         return [[*self._encode(text), self.eos_id] for text in texts]
 
@@ -81,7 +85,8 @@ class Tokenizer:
     def decode(self, ids: Any) -> list[str]:
         """Texts of ids (B, T), a tensor or lists of lists.
 
-        Special pieces and numbers without a piece (-100, unused rows of the embedding) are left out wherever they are; eos does not end a text.
+        Special pieces and numbers without a piece (-100, unused rows of the embedding) are left out wherever they are;
+        eos does not end a text.
         """
         rows = ids.tolist() if hasattr(ids, "tolist") else ids
         return [self._decode(row) for row in rows]
@@ -100,10 +105,11 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> Tokenizer:
-    """Learn a unigram vocabulary from texts as T5's was learned (pad 0, eos 1, unk 2, NFKC), and write it to path.
+    """Learn a vocabulary from texts with the special pieces and the normalisation of T5 (pad 0, eos 1, unk 2, NFKC), and write it to path.
 
-    vocab_size: pieces without sentinels, an upper bound: a small grammar may have fewer. The same texts give the same bytes.
-    Raises UserError where texts has no text, or vocab_size is less than its characters need.
+    By byte-pair merges: in a grammar of a hundred words, the unigram trainer finds too few pieces to keep words whole.
+    vocab_size: pieces without sentinels, an upper bound: a small grammar may have fewer. The same texts give the same
+    bytes. Raises UserError where texts has no text, or vocab_size is less than its characters need.
     """
     model = io.BytesIO()
     lines = [line for line in (" ".join(text.split()) for text in texts) if line]
@@ -111,14 +117,16 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
         raise UserError("no text to learn a vocabulary from")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size, hard_vocab_limit=False,
-            character_coverage=1.0, byte_fallback=False, normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-            max_sentence_length=2**20, num_threads=1, minloglevel=2,
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, character_coverage=1.0, byte_fallback=False, normalization_rule_name="nmt_nfkc",
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, max_sentence_length=2**20, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
         needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
         if needed:
-            raise UserError(f"a vocabulary of {vocab_size} pieces is too small for these texts: they need at least {needed[1]}") from error
+            raise UserError(
+                f"a vocabulary of {vocab_size} pieces is too small for these texts: they need at least {needed[1]}"
+            ) from error
         raise UserError(f"cannot learn a vocabulary from these texts: {' '.join(str(error).split())}") from error
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(model.getvalue())

@@ -136,7 +136,7 @@ class VisionConfig:
 
 # One row is one backbone of our own, beside open_clip's; each is trained from scratch (`--train-base vision`).
 SIZES = {
-    "ViT-Tiny-Scenes": dict(image_size=64, patch_size=8, width=192, layers=4, heads=3, positions="sin_cos_2d"),
+    "ViT-Tiny-Scenes": dict(image_size=64, patch_size=8, width=128, layers=4, heads=2, positions="sin_cos_2d"),
 }
 
 

@@ -414,7 +414,7 @@ def t5_from_hf(state: Mapping[str, Tensor], values: Mapping, donor_name: str) ->
 
     transformers 5 writes `tie_word_embeddings: true` for every T5 and keeps v1.1's missing scaling in
     `scale_decoder_outputs`; with that key, the file decides: its lm_head.weight, where it has one, is untied.
-    Raises UserError where names of one tensor hold different ones, or a config without that key says that they are tied.
+    Raises UserError where names of one tensor hold different ones, or a config without that key says they are tied.
     """
     state = dict(state)
     try:
@@ -428,8 +428,8 @@ def t5_from_hf(state: Mapping[str, Tensor], values: Mapping, donor_name: str) ->
         tied = _equal(state.setdefault("lm_head.weight", state["shared.weight"]), state["shared.weight"])
         if not tied and values.get("scale_decoder_outputs") is None:
             raise UserError(
-                f"{donor_name}: its config ties lm_head to the embedding, and lm_head.weight differs from shared.weight; "
-                'set "tie_word_embeddings": false in config.json if this is a T5 v1.1 or Flan-T5'
+                f"{donor_name}: its config ties lm_head to the embedding, and lm_head.weight differs from "
+                'shared.weight; set "tie_word_embeddings": false in config.json if this is a T5 v1.1 or Flan-T5'
             )
         config = replace(config, tie_word_embeddings=tied)
     return state, config
@@ -448,7 +448,8 @@ def t5_to_hf(state: Mapping[str, Tensor], config: T5Config) -> dict[str, Tensor]
 def hf_module_name(name: str) -> str:
     """A text module's path in the captioner → in Hugging Face's T5, as PEFT files name it.
 
-    `text.decoder.blocks.0.cross_attn.q_proj` → `decoder.block.0.layer.1.EncDecAttention.q`. Raises UserError for others.
+    `text.decoder.blocks.0.cross_attn.q_proj` → `decoder.block.0.layer.1.EncDecAttention.q`.
+    Raises UserError for others.
     """
     found = _match(name.removeprefix("text.") + ".weight", OUR_T5) if name.startswith("text.") else None
     if found is None:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 DROP_LEVELS = 2**15
 FIELDS = 0x7FFF_7FFF_7FFF_7FFF  # the low 15 bits of each 16-bit field
+CHUNK = 2**17  # elements of x that are worked on at a time on a CPU; a multiple of 4, the fields of one draw
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,17 +41,24 @@ def keep_probability(dropout: float) -> float:
 
 def draw_keep_mask(shape: tuple[int, ...], dropout: float, device: torch.device) -> Tensor:
     """A fresh int8 mask of this shape: -1 (all bits set) where the element is kept, 0 where it is dropped. Needs `drop_level(dropout)` > 0."""
-    count = torch.Size(shape).numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_()
-    fields = draws.bitwise_and_(FIELDS).view(torch.int16)[:count]
-    # field - kept levels is negative exactly where the element is kept, and >> 15 copies the sign to every bit.
-    return fields.sub_(DROP_LEVELS - drop_level(dropout)).bitwise_right_shift_(15).to(torch.int8).view(shape)
+    mask = torch.empty(torch.Size(shape).numel(), dtype=torch.int8, device=device)
+    for part in mask.split(CHUNK if device.type == "cpu" else max(1, mask.numel())):
+        draws = torch.empty((part.numel() + 3) // 4, dtype=torch.int64, device=device).random_()
+        fields = draws.bitwise_and_(FIELDS).view(torch.int16)[: part.numel()]
+        # field - kept levels is negative exactly where the element is kept, and >> 15 copies the sign to every bit.
+        part.copy_(fields.sub_(DROP_LEVELS - drop_level(dropout)).bitwise_right_shift_(15))
+    return mask.view(shape)
 
 
-def apply_keep_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """x where mask is -1, zero where it is 0; x is not changed."""
-    integer = INTEGER_OF_SIZE[x.element_size()]
-    return mask.to(integer).bitwise_and_(x.view(integer)).view(x.dtype)
+def as_integers(x: Tensor) -> Tensor:
+    """The bits of x."""
+    return x.view(INTEGER_OF_SIZE[x.element_size()])
+
+
+def row_slices(x: Tensor) -> list[slice]:
+    """Cuts of the rows of x (M, D): on a CPU, pieces whose temporaries stay in its cache."""
+    step = max(1, CHUNK // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
 def lora_linear(
@@ -96,7 +104,13 @@ class FusedLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scale, mask):
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        hidden = (x if mask is None else apply_keep_mask(x, mask)) @ A.t()  # (M, R)
+        if mask is None:
+            hidden = x @ A.t()  # (M, R)
+        else:
+            hidden = x.new_empty(x.shape[0], A.shape[0])
+            for rows in row_slices(x):
+                bits = mask[rows].to(INTEGER_OF_SIZE[x.element_size()])
+                torch.mm(bits.bitwise_and_(as_integers(x[rows])).view(x.dtype), A.t(), out=hidden[rows])
         y = F.linear(x, weight, bias)
         y.addmm_(hidden, B.t(), alpha=scale)  # (M, D_out)
         ctx.save_for_backward(x, weight, lora_A, lora_B, hidden, mask)
@@ -108,25 +122,30 @@ class FusedLoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, hidden, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        dx = dweight = dbias = dA = dB = None
+        dx = dA = dB = None
         if need_x or need_A:
+            A = lora_A.to(dy.dtype)
             dhidden = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)  # (M, R)
-        if need_A:
-            dropped = x if mask is None else apply_keep_mask(x, mask)
-            dA = (dhidden.t() @ dropped).to(lora_A.dtype)
+            dx = torch.empty_like(x) if need_x else None
+            dA = torch.zeros_like(A) if need_A else None
+            if mask is None:
+                dx = torch.mm(dhidden, A, out=dx) if need_x else None
+                dA = dhidden.t() @ x if need_A else None
+            else:
+                for rows in row_slices(x):
+                    bits = mask[rows].to(INTEGER_OF_SIZE[x.element_size()])
+                    if need_x:
+                        torch.bitwise_and(as_integers(dhidden[rows] @ A), bits, out=as_integers(dx[rows]))
+                    if need_A:
+                        dA.addmm_(dhidden[rows].t(), bits.bitwise_and_(as_integers(x[rows])).view(x.dtype))
+        if need_x:
+            dx.addmm_(dy, weight)
         if need_B:
             # (R, M) @ (M, D_out) and a transpose at the end is twice as fast as the other order.
             dB = (hidden.t() @ dy).mul_(ctx.scale).t().to(lora_B.dtype)
-        if need_x:
-            dx = dhidden @ lora_A.to(dy.dtype)
-            if mask is not None:
-                dx = apply_keep_mask(dx, mask)
-            dx.addmm_(dy, weight)
-        if need_weight:
-            dweight = dy.t() @ x
-        if need_bias:
-            dbias = dy.sum(0)
-        return dx, dweight, dbias, dA, dB, None, None
+        dweight = dy.t() @ x if need_weight else None
+        dbias = dy.sum(0) if need_bias else None
+        return dx, dweight, dbias, None if dA is None else dA.to(lora_A.dtype), dB, None, None
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": lora_linear_reference, "fused": lora_linear_fused}

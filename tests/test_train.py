@@ -111,7 +111,8 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(tiny_flags, tmp_pa
     assert run([*common, "--batch-size", "2", "--grad-accumulation", "4", "--output", str(tmp_path / "parts")]) == 0
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     for name, tensor in whole.items():
-        assert torch.allclose(tensor, parts[name], atol=2e-5), name
+        # The gradient of a key's bias is zero but for rounding, which AdamW scales up.
+        assert name.endswith("k_proj.bias") or torch.allclose(tensor, parts[name], atol=2e-5), name
     losses = [[line["loss"] for line in metrics_lines(tmp_path / name) if line["split"] == "train"] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

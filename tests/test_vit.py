@@ -270,7 +270,7 @@ def test_own_sizes_and_initialisation():
     module = backbone.module
     assert (backbone.weights, backbone.weights_hash) == (None, None) and not module.training
     tokens = module(torch.randn(2, 3, 64, 64))
-    assert tokens.shape == (2, 65, 192) == (2, module.num_tokens, module.width) and tokens.isfinite().all()
+    assert tokens.shape == (2, 65, 128) == (2, module.num_tokens, module.width) and tokens.isfinite().all()
     tokens.sum().backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     # A constant added to every key changes no attention weight, and fixed positions are not trained.

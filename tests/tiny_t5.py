@@ -12,9 +12,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from captioner.tokenizer import train_tokenizer
 
-WORDS = "a the red green blue small large circle square triangle above below beside dog cat man woman runs jumps sits on in with".split()
+WORDS = "a the red green blue small large circle square triangle above below dog cat man woman runs sits on in".split()
 # heads * d_kv is not d_model, and the decoder is deeper than the encoder.
-SIZES = dict(vocab_size=192, d_model=24, d_kv=5, d_ff=40, num_heads=3, num_layers=2, num_decoder_layers=3, decoder_start_token_id=0, dropout_rate=0.0)
+SIZES = dict(
+    vocab_size=192, d_model=24, d_kv=5, d_ff=40, num_heads=3, num_layers=2, num_decoder_layers=3,
+    decoder_start_token_id=0, dropout_rate=0.0,
+)  # fmt: skip
 VARIANTS = {
     "v1.1": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "v1.0": dict(feed_forward_proj="relu", tie_word_embeddings=True),
@@ -53,5 +56,6 @@ def save(model: T5ForConditionalGeneration, folder: Path, changes: dict | None =
     (folder / "spiece.model").write_bytes(vocabulary())
     if changes:
         config = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        kept = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
     return folder
