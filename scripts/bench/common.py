@@ -1,0 +1,167 @@
+"""What the benchmark scripts share: paired timing, the rows they report, the table and the JSON.
+
+A row is `{"id", "what", "peer", "peer_version", "ratio", "must", "dtype", "device"}` plus the measured values; `ratio`
+is peer / ours, so that a number above 1 means that ours is better. `must` is the ratio that the row has to reach (None
+where there is no bar). Scripts run from anywhere: `python scripts/bench/metrics.py`; importing this module puts the
+repository root on `sys.path`. No torch here.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+if str(REPOSITORY) not in sys.path:
+    sys.path.insert(0, str(REPOSITORY))
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None; nothing is imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Where and with what the numbers were taken: date, processor, usable cores, load, threads, versions."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Time every function once per round, for `repeats` rounds, so that a slow spell of the machine hits all of them.
+
+    Returns seconds by name, one per round; the order alternates from round to round. `clock=time.process_time` counts
+    this process's CPU seconds instead (not those of a child such as Java). A function that works on a GPU synchronises
+    before it returns.
+    """
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats):
+        order = list(functions) if turn % 2 == 0 else list(reversed(functions))
+        for name in order:
+            start = clock()
+            functions[name]()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def row(
+    id: str,
+    what: str,
+    *,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    peer: str,
+    must: float | None,
+    dtype: str,
+    device: str = "cpu",
+    unit: str = "seconds",
+    peer_version: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One row from paired measurements, smaller being better (seconds, bytes): the median of theirs[i] / ours[i].
+
+    `peer` is a distribution's name, whose installed version is recorded; pass `peer_version` where it is none. `more`
+    is kept as it is.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"{id}: {len(ours)} measurements of ours against {len(theirs)} of {peer}")
+    ratios = sorted(b / a for a, b in zip(ours, theirs))
+    return {
+        "id": id,
+        "what": what,
+        "peer": peer,
+        "peer_version": peer_version or version(peer),
+        "ratio": statistics.median(ratios),
+        "must": must,
+        "dtype": dtype,
+        "device": device,
+        unit: {"ours": statistics.median(ours), "peer": statistics.median(theirs)},
+        "ratio_range": [ratios[0], ratios[-1]],
+        "pairs": len(ratios),
+        **more,
+    }
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], file: Any = None) -> None:
+    """The rows for people, on stderr unless told otherwise."""
+    header = ("id", "what", "ours", "peer", "peer is", "ratio", "range", "must", "dtype", "device")
+    lines = [header] + [_cells(entry) for entry in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip(), file=file or sys.stderr)
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that already knows --json."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--json", metavar="PATH|-", help="write rows and machine as JSON to a file or stdout (-)")
+    return parser
+
+
+def report(rows: Sequence[Mapping[str, Any]], json_path: str | None, packages: Iterable[str] = ()) -> None:
+    """Print the table to stderr and, where asked, write `{"environment": …, "rows": […]}`."""
+    where = environment(packages)
+    machine = f"{where['processor']}, {where['cores']} cores, load {where['load']}"
+    print(f"{where['date']}  {machine}  {where['versions']}", file=sys.stderr)
+    print_table(rows)
+    if json_path is None:
+        return
+    text = json.dumps({"environment": where, "rows": list(rows)}, indent=2) + "\n"
+    if json_path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(json_path).write_text(text, encoding="utf-8")
+
+
+def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    mappings = [value for value in entry.values() if isinstance(value, Mapping)]
+    values = next((value for value in mappings if {"ours", "peer"} <= set(value)), None)
+    low, high = entry.get("ratio_range", (entry["ratio"], entry["ratio"]))
+    return (
+        entry["id"],
+        entry["what"],
+        f"{values['ours']:.4g}" if values else "",
+        f"{values['peer']:.4g}" if values else "",
+        f"{entry['peer']} {entry['peer_version'] or ''}".rstrip(),
+        f"{entry['ratio']:.2f}x",
+        f"{low:.2f}-{high:.2f}",
+        "" if entry["must"] is None else f"{entry['must']:g}x" + ("" if entry["ratio"] >= entry["must"] else " MISSED"),
+        entry["dtype"],
+        entry["device"],
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
