@@ -5,13 +5,12 @@
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from captioner import cli
-from captioner.cli import repeated, setting
+from captioner.cli import progress, repeated, say, setting
 from captioner.errors import UsageError, UserError
 from captioner.files import write_json, write_text
 
@@ -86,7 +85,6 @@ def score(hypotheses: list[str], references: list[list[str]], tokenize: str) -> 
 def decode_split(settings: Settings):
     """Captions of a split: (run, rows of {"image_id", "caption", "references"}, ledger of bad images)."""
     import torch
-    from tqdm import tqdm
 
     from captioner import checkpoint
     from captioner.backbones import Backbone
@@ -108,13 +106,13 @@ def decode_split(settings: Settings):
         facts = config["model"]["vision"]
         vision = Backbone(model.vision, transform, facts["name"], facts["weights"], facts["hash"])
         store = FeatureStore(Path(settings.cache_features), vision, torch.bfloat16 if precision == "bf16" else torch.float32)
-        store.prepare(data_rows, ledger, device, settings.workers, progress=lambda batches, text: tqdm(batches, desc=text, disable=None, unit="batch"))
+        store.prepare(data_rows, ledger, device, settings.workers, progress=progress)
     dataset = CaptionDataset(data_rows, transform, store)
     loader = make_loader(dataset, None, settings.batch_size, range(len(data_rows)), settings.workers, "all", ledger=ledger)
     say(f"{run}: {len(data_rows)} images of {settings.split}, {settings.decode}, {device}, {precision}")
     rows = []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        for batch in tqdm(loader, desc=settings.decode, disable=None, unit="batch", dynamic_ncols=True):
+        for batch in progress(loader, settings.decode):
             memory = encode_images(model, batch, device)
             captions = tokenizer.decode(decode(model, memory, batch["ids"], settings))
             rows += [
@@ -152,10 +150,6 @@ def write_results(settings: Settings, directory: Path, rows: list[dict], per_ite
     write_text(directory / "captions.jsonl", "".join(lines))
     write_json(directory / f"captions_{settings.split}_results.json", [{"image_id": row["image_id"], "caption": row["caption"]} for row in rows])
     write_json(directory / "scores.json", scores)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def check(settings: Settings) -> None:

@@ -8,32 +8,31 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from captioner import cli  # first: it sets how OpenMP threads wait
-from captioner.cli import setting
+from captioner.cli import progress, say, setting
 
 import torch  # noqa: I001
-from torch import Tensor
 from tqdm import tqdm
 
 import lora
-from captioner import checkpoint, generate, metrics, report
+from captioner import checkpoint
 from captioner.backbones import Backbone, build_text, build_vision
 from captioner.errors import UsageError, UserError
 from captioner.features import FeatureStore
+from captioner.files import write_json
 from captioner.model import Captioner
-from captioner.runtime import choose_device, choose_precision, encode_images, versions
+from captioner.runtime import choose_device, choose_precision, versions
 from captioner.tokenizer import Tokenizer, train_tokenizer
+from captioner.trainer import Trainer
 from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loader
 from data.images import BadImage
-from data.readers import read
+from data.readers import BUILT_IN, read
 from data.rows import DataError, Row
 
 
@@ -97,16 +96,6 @@ PRESETS = {
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
 }
-SHOWN_CAPTIONS = 4
-
-
-@dataclass
-class TrainState:
-    """All that changes while training besides weights and optimiser moments; everything random is a function of (seed, step)."""
-
-    step: int = 0  # optimiser steps done
-    best: list[float] | None = None  # scores of checkpoints/best, higher is better, the first one counts most
-    best_step: int | None = None
 
 
 def get_lr(step: int, total: int, settings: Settings) -> float:
@@ -170,7 +159,7 @@ def absolute_paths(settings: Settings) -> Settings:
     name, _, source = (settings.vision or "").partition(":")
     if source and Path(source).exists():
         settings.vision = f"{name}:{Path(source).resolve()}"
-    if Path(settings.data).is_dir():
+    if settings.data not in BUILT_IN and Path(settings.data).is_dir():
         settings.data = str(Path(settings.data).resolve())
     return settings
 
@@ -201,124 +190,6 @@ def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Caption
         }
     facts["adapted"] = sorted(adapted)
     return model, tokenizer, vision, facts
-
-
-def make_optimizer(trainable: dict[str, Tensor], settings: Settings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay only on matrices that multiply activations."""
-    decayed = [p for name, p in trainable.items() if p.ndim >= 2 and "embedding" not in name]
-    others = [p for name, p in trainable.items() if p.ndim < 2 or "embedding" in name]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, fused=True)
-
-
-class Trainer:
-    """The loop and what it needs: one optimiser step, an evaluation, a checkpoint."""
-
-    def __init__(self, settings: Settings, run: Path, model: Captioner, tokenizer: Tokenizer, trainable: dict[str, Tensor], facts: dict, device: torch.device, precision: str):
-        self.settings, self.run, self.model, self.tokenizer, self.trainable, self.facts = settings, run, model, tokenizer, trainable, facts
-        self.device = device
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self.optimizer = make_optimizer(trainable, settings)
-        self.state = TrainState()
-        self.trains_vision = any(name.startswith("vision.") for name in trainable)
-
-    def set_training(self, training: bool) -> None:
-        """Dropout on or off. A frozen image encoder stays in eval mode; a frozen decoder keeps T5's dropout while adapters train, as it was trained with."""
-        self.model.train(training)
-        if not self.trains_vision:
-            self.model.vision.eval()
-
-    def train_step(self, batches: list[dict], lr: float) -> tuple[float, float]:
-        """One optimiser step over micro-batches, each token weighing the same; (loss per token, gradient norm). Raises UserError where not finite."""
-        self.set_training(True)
-        labels = [batch["labels"].flatten(0, 1).to(self.device) for batch in batches]  # (B, G, T) → (B*G, T)
-        total = sum(int((micro != -100).sum()) for micro in labels)
-        loss_sum = 0.0
-        for index, (batch, micro) in enumerate(zip(batches, labels, strict=True)):
-            torch.manual_seed(((self.settings.seed << 40) + (self.state.step << 12) + index) % 2**63)
-            with self.autocast:
-                memory = encode_images(self.model, batch, self.device, self.trains_vision)
-                loss, _ = self.model.loss(memory, micro, self.settings.label_smoothing)
-            (loss / total).backward()
-            loss_sum += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), self.settings.clip).item()
-        if not math.isfinite(loss_sum) or not math.isfinite(norm):
-            kept = f"; the weights of the last evaluation are in {self.run / 'checkpoints' / 'last'}"
-            raise UserError(f"non-finite {'loss' if not math.isfinite(loss_sum) else 'gradient'} at step {self.state.step + 1}{kept}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state.step += 1
-        return loss_sum / total, norm
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[dict]) -> tuple[dict, list[tuple[str, str, str]]]:
-        """Loss per token over all captions and CIDEr of greedy captions; (scores, rows of image id, caption, first reference)."""
-        self.set_training(False)
-        loss_sum, tokens, rows, references = 0.0, 0, [], []
-        for batch in batches:
-            with self.autocast:
-                memory = encode_images(self.model, batch, self.device)
-                loss, count = self.model.loss(memory, batch["labels"].flatten(0, 1).to(self.device))
-                ids = generate.greedy(self.model, memory, max_new_tokens=min(30, self.settings.max_caption_tokens))
-            loss_sum, tokens = loss_sum + loss.item(), tokens + count
-            captions = self.tokenizer.decode(ids)
-            rows += [(image_id, caption, texts[0]) for image_id, caption, texts in zip(batch["ids"], captions, batch["captions"], strict=True)]
-            references += batch["captions"]
-        if not rows:
-            raise UserError("no image of the validation split can be read")
-        cider, _ = metrics.cider([caption for _, caption, _ in rows], references, tokenize="ptb")
-        return {"loss": loss_sum / tokens, "CIDEr": cider, "n": len(rows)}, rows
-
-    def save(self, is_best: bool) -> None:
-        """checkpoints/last with all that a resume needs; where best, checkpoints/best and the files at the top of the run."""
-
-        def write_weights(directory: Path) -> None:
-            checkpoint.save_weights(self.model, self.tokenizer, self.facts, directory)
-            checkpoint.write_json(directory / "state.json", dataclasses.asdict(self.state))
-
-        def write_all(directory: Path) -> None:
-            write_weights(directory)
-            names = {parameter: name for name, parameter in self.trainable.items()}
-            checkpoint.save_optimizer(self.optimizer, names, directory / "optimizer.safetensors")
-
-        if is_best:
-            checkpoint.publish(self.run, checkpoint.save_checkpoint(self.run, "best", write_weights))
-        checkpoint.save_checkpoint(self.run, "last", write_all)
-
-    def restore(self) -> None:
-        """State and optimiser of checkpoints/last; the weights were loaded with the model."""
-        last = self.run / "checkpoints" / "last"
-        self.state = TrainState(**checkpoint.read_json(last / "state.json"))
-        if self.state.step:
-            checkpoint.load_optimizer(self.optimizer, self.trainable, last / "optimizer.safetensors")
-
-    def log(self, **values) -> None:
-        """One line of metrics.jsonl."""
-        with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.state.step, **values}) + "\n")
-
-    def evaluate_and_save(self, batches: Iterable[dict]) -> dict:
-        """Evaluate, show a few captions, log, plot and save."""
-        scores, rows = self.evaluate(batches)
-        score = [scores["CIDEr"], -scores["loss"]] if self.settings.best_by == "CIDEr" else [-scores["loss"]]
-        is_best = self.state.best is None or score > self.state.best
-        if is_best:
-            self.state.best, self.state.best_step = score, self.state.step
-        self.save(is_best)
-        shown = [{"id": image_id, "caption": caption, "reference": reference} for image_id, caption, reference in rows[:SHOWN_CAPTIONS]]
-        self.log(split="val", **scores, captions=shown)
-        report.plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
-        say(f"step {self.state.step}: val loss {scores['loss']:.4f}, CIDEr {scores['CIDEr']:.3f} (greedy, {scores['n']} images){', best so far' if is_best else ''}")
-        for row in shown:
-            say(f"    {row['id']}: {row['caption'] or '(empty)'}    [reference: {row['reference']}]")
-        return scores
-
-
-def say(line: str) -> None:
-    """A line for people, above the progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
 
 
 def new_run_directory(settings: Settings) -> Path:
@@ -428,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     say(f"done in {tqdm.format_interval(seconds)}: {run} (best step {trainer.state.best_step})")
     summary = {"run": str(run), "steps": trainer.state.step, "best_step": trainer.state.best_step, "val": scores, "seconds": seconds, "bad_images": ledger.to_list()}
-    checkpoint.write_json(settings.json, summary)
+    write_json(settings.json, summary)
     if ledger:
         say(ledger.summary())
         return cli.SOME_BAD
@@ -442,11 +313,6 @@ def translated(*kinds: type[Exception]):
         yield
     except kinds as error:
         raise UserError(str(error)) from error
-
-
-def progress(batches: Iterable, description: str) -> Iterable:
-    """A progress bar over batches, only on a terminal."""
-    return tqdm(batches, desc=description, disable=None, unit="batch", dynamic_ncols=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 # Two spinning OpenMP threads beside another busy process run many times slower than one; sleeping ones do not.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -19,7 +19,7 @@ from captioner.files import describe_os_error  # noqa: E402
 DONE, FAILED, USAGE, SOME_BAD = 0, 1, 2, 3  # the exit codes; an interrupt exits with 128 + signal number
 
 
-def setting(default, help: str, choices: typing.Iterable | None = None):
+def setting(default, help: str, choices: Iterable | None = None):
     """A dataclass field that becomes a flag: its default, its help text and, for a closed set, its choices."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None})
 
@@ -108,6 +108,20 @@ def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None 
         code = 128 + signal.SIGINT
     sys.stdout.flush()
     sys.exit(code)
+
+
+def say(line: str) -> None:
+    """A line for people on stderr, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+def progress(items: Iterable, description: str) -> Iterable:
+    """The items, with a progress bar on stderr if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, disable=None, unit="batch", dynamic_ncols=True)
 
 
 class StopSignal:

@@ -67,8 +67,8 @@ def test_a_run_directory_carries_everything(tiny_flags, tiny_data, tmp_path, cap
 
 
 def test_it_learns_eight_pictures(tiny_flags, tiny_data, tmp_path):
-    flags = [*tiny_flags, "--captions-per-image", "all", "--batch-size", "8", "--max-steps", "150", "--lr", "3e-3", "--warmup-ratio", "0.1", "--train-base", "text",
-             "--eval-every", "150", "--schedule", "cosine"]  # fmt: skip
+    flags = [*tiny_flags, "--captions-per-image", "all", "--batch-size", "8", "--max-steps", "250", "--lr", "3e-3", "--warmup-ratio", "0.1", "--train-base", "text",
+             "--eval-every", "250", "--schedule", "cosine"]  # fmt: skip
     assert run(flags) == 0
     lines = metrics_lines(tmp_path / "run")
     first, last = (line["loss"] for line in lines if line["split"] == "val")
@@ -105,16 +105,21 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_flags, tmp_path, mo
     assert_equal_states(weights_of(tmp_path / "run", "best"), weights_of(interrupted, "best"))
 
 
-def test_accumulated_micro_batches_weigh_every_token_the_same(tiny_flags, tmp_path):
-    common = [*tiny_flags, "--captions-per-image", "all", "--max-steps", "2", "--eval-every", "2"]
+def test_accumulated_micro_batches_weigh_every_token_the_same(tiny_flags, tiny_data, tmp_path):
+    # Captions of very different lengths, so that a mean of means would show.
+    for line in (tiny_data / "train" / "metadata.jsonl").read_text().splitlines()[:4]:
+        row = json.loads(line)
+        row["captions"] = [f"{text} and also " * 4 for text in row["captions"]]
+        (tiny_data / "train" / "long.jsonl").open("a").write(json.dumps(row) + "\n")
+    rest = (tiny_data / "train" / "metadata.jsonl").read_text().splitlines()[4:]
+    (tiny_data / "train" / "metadata.jsonl").write_text((tiny_data / "train" / "long.jsonl").read_text() + "\n".join(rest))
+    common = [*tiny_flags, "--captions-per-image", "all", "--max-steps", "2", "--eval-every", "2", "--log-every", "1"]
     assert run([*common, "--batch-size", "8", "--output", str(tmp_path / "whole")]) == 0
     assert run([*common, "--batch-size", "2", "--grad-accumulation", "4", "--output", str(tmp_path / "parts")]) == 0
-    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    for name, tensor in whole.items():
-        # The gradient of a key's bias is zero but for rounding, which AdamW scales up.
-        assert name.endswith("k_proj.bias") or torch.allclose(tensor, parts[name], atol=2e-5), name
-    losses = [[line["loss"] for line in metrics_lines(tmp_path / name) if line["split"] == "train"] for name in ("whole", "parts")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    lines = [[line for line in metrics_lines(tmp_path / name) if line["split"] == "train"] for name in ("whole", "parts")]
+    for name in ("loss", "grad_norm"):
+        whole, parts = ([line[name] for line in run_lines] for run_lines in lines)
+        assert len(whole) == 2 and whole == pytest.approx(parts, rel=1e-4), name
 
 
 def test_frozen_parts_stay_and_only_the_listed_parameters_move(tiny_flags, tmp_path):
