@@ -29,6 +29,7 @@ from captioner.files import write_json
 from captioner.model import Captioner
 from captioner.runtime import choose_device, choose_precision, versions
 from captioner.tokenizer import Tokenizer, train_tokenizer
+from captioner.tracking import TRACKERS, open_tracker
 from captioner.trainer import Trainer
 from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loader
 from data.images import BadImage
@@ -81,6 +82,7 @@ class Settings:
     eval_images: int = setting(500, "evaluate on the first N images of the validation split")
     best_by: str = setting("CIDEr", "what the best checkpoint is best in", ("CIDEr", "loss"))
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
+    report_to: str = setting("none", "also send the numbers of metrics.jsonl to a tracker", TRACKERS)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     resume: str | None = setting(None, "go on with this interrupted run, with its own settings")
     output: str | None = setting(None, "run directory (runs/PRESET-DATE-TIME if not given)")
@@ -91,7 +93,7 @@ class Settings:
 PRESETS = {
     "demo": dict(
         vision="ViT-Tiny-Scenes", text_config="t5-tiny", vocab_size=300, train_base=("vision", "text"), precision="fp32",
-        epochs=10, batch_size=32, lr=2e-3, warmup_ratio=0.1, schedule="cosine", weight_decay=0.05,
+        epochs=8, eval_images=300, batch_size=32, lr=2e-3, warmup_ratio=0.1, schedule="cosine", weight_decay=0.05,
     ),
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
@@ -236,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     if precision == "bf16":
         model.cast_frozen(torch.bfloat16)
 
-    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision)
+    tracker = open_tracker(settings.report_to, run, dataclasses.asdict(settings))
+    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker)
     if settings.resume:
         trainer.restore()
     else:
@@ -282,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             if step % settings.log_every == 0 or last:
                 speed = window_images / (time.perf_counter() - window_start)
                 values = {"loss": sum(window_loss) / len(window_loss), "lr": lr, "grad_norm": norm, "images_per_s": speed}
-                trainer.log(split="train", epoch=step / steps_per_epoch, **values)
+                trainer.log("train", values, epoch=step / steps_per_epoch)
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} images/s")
                 if bar.disable and (step % (10 * settings.log_every) == 0 or last):
                     left = (total - step) * (time.perf_counter() - window_start) / len(window_loss)

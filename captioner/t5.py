@@ -82,8 +82,8 @@ SIZES = {
     "flan-t5-xl": dict(d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32),
     "flan-t5-xxl": dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_decoder_layers=24, num_heads=64),
     # Decoders without an encoder, to be trained from scratch.
-    "t5-tiny": dict(d_model=128, d_kv=32, d_ff=384, num_layers=0, num_decoder_layers=3, num_heads=4, tie_word_embeddings=True),
-    "t5-mini": dict(d_model=384, d_kv=64, d_ff=1024, num_layers=0, num_decoder_layers=4, num_heads=6, tie_word_embeddings=True),
+    "t5-tiny": dict(d_model=128, d_kv=32, d_ff=384, num_layers=0, num_decoder_layers=3, num_heads=4),
+    "t5-mini": dict(d_model=320, d_kv=64, d_ff=1024, num_layers=0, num_decoder_layers=3, num_heads=5),
 }
 
 

@@ -6,7 +6,7 @@ Legend: B images, G captions per image, T text tokens.
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +44,20 @@ def make_optimizer(trainable: dict[str, Tensor], settings) -> torch.optim.AdamW:
 class Trainer:
     """What a training loop calls, with `settings` as in train.py; trainable is the list that `lora.set_trainable` returned."""
 
-    def __init__(self, settings, run: Path, model: Captioner, tokenizer: Tokenizer, trainable: dict[str, Tensor], facts: dict, device: torch.device, precision: str):
+    def __init__(
+        self,
+        settings,
+        run: Path,
+        model: Captioner,
+        tokenizer: Tokenizer,
+        trainable: dict[str, Tensor],
+        facts: dict,
+        device: torch.device,
+        precision: str,
+        tracker: Callable[[int, dict[str, float]], None],
+    ):
         self.settings, self.run, self.model, self.tokenizer, self.trainable, self.facts = settings, run, model, tokenizer, trainable, facts
-        self.device = device
+        self.device, self.tracker = device, tracker
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         self.optimizer = make_optimizer(trainable, settings)
         self.state = TrainState()
@@ -124,10 +135,12 @@ class Trainer:
         if self.state.step:
             checkpoint.load_optimizer(self.optimizer, self.trainable, last / "optimizer.safetensors")
 
-    def log(self, **values) -> None:
-        """One line of metrics.jsonl."""
+    def log(self, split: str, values: dict[str, float], **more) -> None:
+        """One line of metrics.jsonl; the numbers also go to the tracker."""
+        line = {"step": self.state.step, "split": split, **values, **more}
         with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.state.step, **values}) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.tracker(self.state.step, {f"{split}/{name}": value for name, value in values.items()})
 
     def evaluate_and_save(self, batches: Iterable[dict]) -> dict:
         """Evaluate, show a few captions, log, plot and save."""
@@ -138,7 +151,7 @@ class Trainer:
             self.state.best, self.state.best_step = score, self.state.step
         self.save(is_best)
         shown = [{"id": image_id, "caption": caption, "reference": reference} for image_id, caption, reference in rows[:SHOWN_CAPTIONS]]
-        self.log(split="val", **scores, captions=shown)
+        self.log("val", scores, captions=shown)
         report.plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
         say(f"step {self.state.step}: val loss {scores['loss']:.4f}, CIDEr {scores['CIDEr']:.3f} (greedy, {scores['n']} images){', best so far' if is_best else ''}")
         for row in shown:

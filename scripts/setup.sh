@@ -3,6 +3,6 @@ python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/python" >&2; exit 1; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 source .venv/bin/activate
-python -m pip install --quiet --disable-pip-version-check --editable ".[${1:-}]"
+python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
 # Two OpenMP threads that spin beside another busy process run many times slower than one.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
