@@ -98,21 +98,44 @@ def lora_linear_fused(x, weight, bias, lora_A, lora_B, scaling, dropout=0.0, tra
     return FusedLoRALinear.apply(rows, weight, bias, lora_A, lora_B, scaling, mask).view(*x.shape[:-1], -1 if rows.shape[0] else weight.shape[0])
 
 
+def dropped_rows(x: Tensor, mask: Tensor, rows: slice) -> Tensor:
+    """Some rows of m * x (new memory), for a mask that is -1 where the element is kept and 0 where it is dropped."""
+    return mask[rows].to(INTEGER_OF_SIZE[x.element_size()]).bitwise_and_(as_integers(x[rows])).view(x.dtype)
+
+
+def project(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """(m * x) A^T: x (M, D_in), A (R, D_in) → (M, R)."""
+    if mask is None:
+        return x @ A.t()
+    hidden = x.new_empty(x.shape[0], A.shape[0])
+    for rows in row_slices(x):
+        torch.mm(dropped_rows(x, mask, rows), A.t(), out=hidden[rows])
+    return hidden
+
+
+def project_backward(dhidden: Tensor, x: Tensor, A: Tensor, mask: Tensor | None, need_x: bool, need_A: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `project`: dx = m * (dh A), and dA = dh^T (m * x) in fp32 or wider."""
+    if mask is None:
+        return dhidden @ A if need_x else None, (dhidden.t() @ x).to(torch.promote_types(x.dtype, torch.float32)) if need_A else None
+    dx = torch.empty_like(x) if need_x else None
+    dA = torch.zeros_like(A, dtype=torch.promote_types(x.dtype, torch.float32)) if need_A else None
+    for rows in row_slices(x):
+        if need_x:
+            bits = mask[rows].to(INTEGER_OF_SIZE[x.element_size()])
+            torch.bitwise_and(as_integers(dhidden[rows] @ A), bits, out=as_integers(dx[rows]))
+        if need_A:
+            dA += dhidden[rows].t() @ dropped_rows(x, mask, rows)
+    return dx, dA
+
+
 class FusedLoRALinear(torch.autograd.Function):
     """`lora_linear_fused` on rows (M, D_in) with a mask that is drawn already."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scale, mask):
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        if mask is None:
-            hidden = x @ A.t()  # (M, R)
-        else:
-            hidden = x.new_empty(x.shape[0], A.shape[0])
-            for rows in row_slices(x):
-                bits = mask[rows].to(INTEGER_OF_SIZE[x.element_size()])
-                torch.mm(bits.bitwise_and_(as_integers(x[rows])).view(x.dtype), A.t(), out=hidden[rows])
+        hidden = project(x, lora_A.to(x.dtype), mask)  # (M, R)
         y = F.linear(x, weight, bias)
-        y.addmm_(hidden, B.t(), alpha=scale)  # (M, D_out)
+        y.addmm_(hidden, lora_B.to(x.dtype).t(), alpha=scale)  # (M, D_out)
         ctx.save_for_backward(x, weight, lora_A, lora_B, hidden, mask)
         ctx.scale = scale
         return y
@@ -124,20 +147,8 @@ class FusedLoRALinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         dx = dA = dB = None
         if need_x or need_A:
-            A = lora_A.to(dy.dtype)
             dhidden = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)  # (M, R)
-            dx = torch.empty_like(x) if need_x else None
-            dA = torch.zeros_like(A) if need_A else None
-            if mask is None:
-                dx = torch.mm(dhidden, A, out=dx) if need_x else None
-                dA = dhidden.t() @ x if need_A else None
-            else:
-                for rows in row_slices(x):
-                    bits = mask[rows].to(INTEGER_OF_SIZE[x.element_size()])
-                    if need_x:
-                        torch.bitwise_and(as_integers(dhidden[rows] @ A), bits, out=as_integers(dx[rows]))
-                    if need_A:
-                        dA.addmm_(dhidden[rows].t(), bits.bitwise_and_(as_integers(x[rows])).view(x.dtype))
+            dx, dA = project_backward(dhidden, x, lora_A.to(dy.dtype), mask, need_x, need_A)
         if need_x:
             dx.addmm_(dy, weight)
         if need_B:
@@ -145,7 +156,7 @@ class FusedLoRALinear(torch.autograd.Function):
             dB = (hidden.t() @ dy).mul_(ctx.scale).t().to(lora_B.dtype)
         dweight = dy.t() @ x if need_weight else None
         dbias = dy.sum(0) if need_bias else None
-        return dx, dweight, dbias, None if dA is None else dA.to(lora_A.dtype), dB, None, None
+        return dx, dweight, dbias, dA.to(lora_A.dtype) if need_A else None, dB, None, None
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": lora_linear_reference, "fused": lora_linear_fused}

@@ -1,0 +1,472 @@
+"""LoRA layers against peft and autograd, injection, the one list of trained parameters."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora
+from captioner.model import Captioner
+from captioner.t5 import T5, T5Config
+from lora.functional import IMPLEMENTATIONS, draw_keep_mask, keep_probability, lora_linear
+from lora.layers import LoRALinear
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class TinyVision(nn.Module):
+    """Names of a ViT block, without its arithmetic."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 24
+        self.attn = nn.ModuleDict({name: nn.Linear(24, 24) for name in ATTENTION})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(24, 48), "fc2": nn.Linear(48, 24)})
+
+
+def tiny_captioner(num_layers: int = 0, tied: bool = False, dropout: float = 0.0) -> Captioner:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=40, num_layers=num_layers, num_decoder_layers=2, num_heads=2, dropout_rate=dropout, tie_word_embeddings=tied
+    )
+    return Captioner(TinyVision(), T5(config))
+
+
+def random_B(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in lora.adapter_parameters(model).items():
+            if name.endswith("lora_B"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def random_arguments(rows: tuple[int, ...] = (3, 5), d_in=12, d_out=20, rank=4, bias=True, dtype=torch.float32, grad=True) -> list:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(*rows, d_in), (d_out, d_in), (d_out,), (rank, d_in), (d_out, rank)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    for index in (0, 3, 4):
+        tensors[index].requires_grad_(grad)
+    if not bias:
+        tensors[2] = None
+    return tensors
+
+
+# ---- the function ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_against_finite_differences(implementation, dropout, bias):
+    arguments = random_arguments(bias=bias, dtype=torch.float64)
+    arguments[1].requires_grad_(True)
+    if bias:
+        arguments[2].requires_grad_(True)
+
+    def function(*tensors):
+        torch.manual_seed(3)
+        return lora_linear(*tensors, 0.7, dropout, True, implementation)
+
+    assert torch.autograd.gradcheck(function, arguments)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("rows, d_in", [((3, 5), 12), ((7,), 9), ((2, 3, 4), 31), ((700,), 513), ((0, 4), 12), ((1, 1), 1)])
+def test_fused_equals_reference_with_the_same_masks(dtype, tolerance, rows, d_in):
+    results = []
+    for implementation in ("reference", "fused"):
+        arguments = random_arguments(rows, d_in=d_in, dtype=dtype)
+        torch.manual_seed(7)
+        y = lora_linear(*arguments, 0.5, 0.1, True, implementation)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(dtype))
+        results.append([y.detach(), *(arguments[index].grad for index in (0, 3, 4))])
+    for expected, found in zip(*results, strict=True):
+        assert expected.shape == found.shape and expected.dtype == found.dtype
+        scale = expected.float().abs().max().clamp(min=1) if expected.numel() else 1
+        assert ((expected - found).float().abs() <= tolerance * scale).all()
+
+
+def test_non_contiguous_input_and_output_gradient():
+    results = []
+    for implementation in ("reference", "fused"):
+        x, weight, bias, A, B = random_arguments()
+        wide = torch.randn(12, 5, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        torch.manual_seed(7)
+        y = lora_linear(wide.permute(2, 1, 0), weight, bias, A, B, 0.5, 0.1, True, implementation)
+        y.transpose(0, 1).square().sum(0).sum().backward()
+        results.append([y.detach(), wide.grad, A.grad, B.grad])
+    for expected, found in zip(*results, strict=True):
+        assert torch.allclose(expected, found, rtol=1e-5, atol=1e-4)
+
+
+def test_an_input_without_gradient_gets_none_and_the_adapters_still_do():
+    x, weight, bias, A, B = random_arguments()
+    x = x.detach()
+    torch.manual_seed(0)
+    lora_linear(x, weight, bias, A, B, 0.5, 0.1, True).sum().backward()
+    assert x.grad is None and weight.grad is None and A.grad is not None and B.grad is not None
+
+
+def test_dropout_is_off_in_eval_and_on_under_no_grad_in_training():
+    arguments = random_arguments(grad=False)
+    plain = lora_linear(*arguments, 0.5, 0.0, True)
+    assert torch.equal(lora_linear(*arguments, 0.5, 0.5, False), plain)
+    with torch.no_grad():
+        assert not torch.equal(lora_linear(*arguments, 0.5, 0.5, True), plain)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+def test_keep_rate(dropout):
+    torch.manual_seed(0)
+    kept = draw_keep_mask((1000, 999), dropout, torch.device("cpu"))
+    assert set(kept.unique().tolist()) == {-1, 0}
+    # Four standard deviations of the mean of a million draws.
+    assert (kept < 0).double().mean().item() == pytest.approx(1 - dropout, abs=4 * math.sqrt(dropout * (1 - dropout) / 999_000))
+    assert keep_probability(dropout) == pytest.approx(1 - dropout, abs=2**-16)
+    assert keep_probability(0.1) == 1 - 3277 / 32768
+
+
+def test_every_position_is_dropped_as_often():
+    torch.manual_seed(0)
+    rates = torch.stack([draw_keep_mask((3, 7), 0.1, torch.device("cpu")) for _ in range(4000)]).eq(0).double().mean(0)
+    assert (rates - 0.1).abs().max() < 5 * math.sqrt(0.09 / 4000)
+
+
+def test_masks_of_two_adapters_are_independent():
+    torch.manual_seed(0)
+    first, second = (draw_keep_mask((1000, 1000), 0.1, torch.device("cpu")).eq(0).double() for _ in range(2))
+    assert (first * second).mean().item() == pytest.approx(0.01, abs=5e-4)
+    neighbours = (first[:, 1:] * first[:, :-1]).mean().item()
+    assert neighbours == pytest.approx(0.01, abs=5e-4)
+
+
+def test_manual_seed_fixes_the_masks_and_nothing_else_does():
+    arguments = random_arguments(rows=(64,), grad=False)
+    torch.manual_seed(4)
+    first, second = lora_linear(*arguments, 1.0, 0.5, True), lora_linear(*arguments, 1.0, 0.5, True)
+    torch.manual_seed(4)
+    again = lora_linear(*arguments, 1.0, 0.5, True)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_the_mean_over_masks_is_the_output_without_dropout():
+    arguments = random_arguments(rows=(2,), dtype=torch.float64, grad=False)
+    torch.manual_seed(0)
+    outputs = torch.stack([lora_linear(*arguments, 0.5, 0.3, True) for _ in range(4000)])
+    error = (outputs.mean(0) - lora_linear(*arguments, 0.5)).abs()
+    assert (error < 5 * outputs.std(0) / math.sqrt(4000)).all()
+
+
+# ---- the layer against peft ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_and_gradients_equal_pefts(bias):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Linear(24, 40, bias=bias)
+    ours = LoRALinear(copy.deepcopy(base), rank=8, alpha=8, dropout=0.0)
+    config = peft.LoraConfig(r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=True, target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    A, B = torch.randn(8, 24), torch.randn(40, 8)
+    with torch.no_grad():
+        for target, source in ((ours.lora_A, A), (theirs.lora_A["default"].weight, A), (ours.lora_B, B), (theirs.lora_B["default"].weight, B)):
+            target.copy_(source)
+    x, upstream = torch.randn(2, 6, 24), torch.randn(2, 6, 40)
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, reference = ours(found), theirs(expected)
+    y.backward(upstream), reference.backward(upstream)
+    assert ours.scaling == theirs.scaling["default"] == 8 / math.sqrt(8)
+    for a, b in (
+        (y, reference),
+        (found.grad, expected.grad),
+        (ours.lora_A.grad, theirs.lora_A["default"].weight.grad),
+        (ours.lora_B.grad, theirs.lora_B["default"].weight.grad),
+    ):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("rank, std", [(4, 1 / 4), (16, 1 / 16)])
+def test_gaussian_init(rank, std):
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(4000, 3), rank=rank)
+    assert layer.lora_A.std().item() == pytest.approx(std, rel=0.03) and abs(layer.lora_A.mean().item()) < 0.1 * std
+    assert not layer.lora_B.any()
+
+
+def test_kaiming_init_is_pefts_default():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(4000, 3)), peft.LoraConfig(r=8, target_modules=["0"])).base_model.model[0]
+    ours = LoRALinear(nn.Linear(4000, 3), rank=8, init="kaiming").lora_A
+    expected = theirs.lora_A["default"].weight
+    assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.03)
+    assert ours.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.03)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(5,), (2, 7)])
+def test_step_0_is_the_base_layer_bit_for_bit(bias, rows):
+    torch.manual_seed(0)
+    base = nn.Linear(24, 40, bias=bias)
+    x = torch.randn(*rows, 24)
+    expected = base(x)
+    layer = LoRALinear(base, dropout=0.1)
+    assert torch.equal(layer.train()(x), expected) and torch.equal(layer.eval()(x), expected)
+
+
+def test_merged_equals_unmerged_and_merging_is_idempotent():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(24, 40), dropout=0.0)
+    nn.init.normal_(layer.lora_B)
+    before, x = layer.base.weight.clone(), torch.randn(9, 24)
+    unmerged = layer(x)
+    layer.merge()
+    once = layer.base.weight.clone()
+    layer.merge()
+    assert layer.merged and torch.equal(layer.base.weight, once) and not torch.equal(once, before)
+    layer.train(), layer.eval()
+    assert torch.equal(layer.base.weight, once)
+    assert torch.allclose(layer(x), unmerged, atol=1e-5 * unmerged.abs().max().item())
+    assert torch.equal(layer(x), F.linear(x, layer.base.weight, layer.base.bias))
+    layer.unmerge()
+    layer.unmerge()
+    assert not layer.merged and torch.equal(layer.base.weight, before) and torch.equal(layer(x), unmerged)
+
+
+def test_a_low_precision_base_keeps_fp32_adapters_and_rounds_once_on_merging():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(24, 40, bias=False).bfloat16(), dropout=0.0)
+    nn.init.normal_(layer.lora_B)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    expected = (layer.base.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A).bfloat16()
+    x = torch.randn(9, 24).bfloat16()
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and layer.lora_A.grad.dtype == torch.float32
+    layer.merge()
+    assert torch.equal(layer.base.weight, expected)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(base_dtype):
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(24, 40).to(base_dtype), dropout=0.0)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(64, 24, requires_grad=True)
+    exact = F.linear(x, layer.base.weight.float(), layer.base.bias.float()) + layer.scaling * x @ layer.lora_A.t() @ layer.lora_B.t()
+    exact_gradients = torch.autograd.grad(exact.sum(), (x, layer.lora_A, layer.lora_B))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    for found, expected in zip((y, x.grad, layer.lora_A.grad, layer.lora_B.grad), (exact, *exact_gradients), strict=True):
+        assert found.dtype in (torch.bfloat16, torch.float32)
+        assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"rank": 0}, "rank"), ({"rank": -2}, "rank"), ({"dropout": 1.0}, "dropout"), ({"dropout": -0.1}, "dropout"), ({"init": "zeros"}, "gaussian")],
+)
+def test_settings_that_make_no_sense(settings, named):
+    with pytest.raises(ValueError, match=named):
+        LoRALinear(nn.Linear(4, 4), **settings)
+    model = tiny_captioner()
+    with pytest.raises(ValueError, match=named):
+        lora.apply_lora(model, **settings)
+    assert not lora.adapter_parameters(model)
+
+
+def test_only_linears_are_wrapped():
+    with pytest.raises(ValueError, match="Embedding"):
+        LoRALinear(nn.Embedding(4, 4))
+
+
+# ---- injection -------------------------------------------------------------------------------------------
+
+
+def test_names_are_exact_and_in_module_order():
+    names = lora.apply_lora(tiny_captioner(num_layers=2), ("attn", "ffn"), ("decoder",))
+    assert names == [
+        f"text.decoder.blocks.{block}.{layer}"
+        for block in range(2)
+        for layer in (
+            *(f"self_attn.{name}" for name in ATTENTION),
+            *(f"cross_attn.{name}" for name in ATTENTION),
+            "mlp.wi_0",
+            "mlp.wi_1",
+            "mlp.wo",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "where", "expected"),
+    [
+        (("cross_attn.q_proj",), ("decoder",), [f"text.decoder.blocks.{i}.cross_attn.q_proj" for i in range(2)]),
+        (("wo",), ("encoder", "decoder"), [f"text.{part}.blocks.{i}.mlp.wo" for part in ("encoder", "decoder") for i in range(2)]),
+        (("ffn", "q_proj"), ("vision",), ["vision.attn.q_proj", "vision.mlp.fc1", "vision.mlp.fc2"]),
+        (("self_attn",), ("decoder",), [f"text.decoder.blocks.{i}.self_attn.{name}" for i in range(2) for name in ATTENTION]),
+        (("q_proj", "q_proj"), ("decoder", "decoder"), [f"text.decoder.blocks.{i}.{kind}.q_proj" for i in range(2) for kind in ("self_attn", "cross_attn")]),
+        (("blocks.1.mlp",), ("decoder",), [f"text.decoder.blocks.1.mlp.{name}" for name in ("wi_0", "wi_1", "wo")]),
+    ],
+)
+def test_targets(targets, where, expected):
+    model = tiny_captioner(num_layers=2)
+    bases = {name: model.get_submodule(name) for name in expected}
+    assert lora.apply_lora(model, targets, where, rank=2) == expected
+    for name in expected:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LoRALinear) and layer.base is bases[name] and not layer.base.weight.requires_grad
+    assert isinstance(model.bridge, nn.Linear) and isinstance(model.text.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("targets", "where", "named"),
+    [
+        (("attention",), ("decoder",), "attn, ffn"),
+        (("proj",), ("decoder",), "unknown LoRA target 'proj'"),
+        (("q_pro",), ("decoder",), "q_proj"),
+        (("mlp.fc1",), ("decoder",), "'mlp.fc1' matches no linear layer in the decoder"),
+        (("cross_attn",), ("decoder", "vision"), "'cross_attn' matches no linear layer in the vision"),
+        (("q.proj",), ("decoder",), "unknown LoRA target"),
+        (("attn",), ("everywhere",), "decoder, encoder, vision"),
+        (("attn",), ("encoder",), "no encoder"),
+        ((), ("decoder",), "targets"),
+        ("attn", ("decoder",), "targets"),
+        (("attn",), (), "where"),
+    ],
+)
+def test_errors_name_the_thing_and_change_nothing(targets, where, named):
+    model = tiny_captioner()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=named) as caught:
+        lora.apply_lora(model, targets, where)
+    assert "\n" not in str(caught.value)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_second_injection_is_refused_until_the_first_is_folded_in():
+    model = tiny_captioner()
+    lora.apply_lora(model, ("attn",))
+    with pytest.raises(ValueError, match="already"):
+        lora.apply_lora(model, ("ffn",))
+    random_B(model)
+    memory, labels = torch.randn(2, 4, 32), torch.randint(2, 50, (2, 5))
+    expected = model.eval().decoder_logits(memory, labels)
+    lora.merge_lora(model, remove=True)
+    assert not lora.adapter_parameters(model) and not any(isinstance(module, LoRALinear) for module in model.modules())
+    assert torch.allclose(model.decoder_logits(memory, labels), expected, atol=1e-5)
+    assert lora.apply_lora(model, ("ffn",))
+
+
+def test_a_generator_fixes_the_first_values():
+    models = [tiny_captioner() for _ in range(2)]
+    for model in models:
+        lora.apply_lora(model, generator=torch.Generator().manual_seed(9))
+    first, second = (lora.adapter_parameters(model) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len({first[name].flatten()[0].item() for name in first if name.endswith("lora_A")}) == len(first) / 2
+
+
+def test_whole_model_merge_and_unmerge():
+    model = tiny_captioner()
+    lora.apply_lora(model)
+    random_B(model)
+    before = copy.deepcopy(model.state_dict())
+    memory, labels = torch.randn(2, 4, 32), torch.randint(2, 50, (2, 5))
+    model.eval()
+    unmerged = model.decoder_logits(memory, labels)
+    for _ in range(2):
+        lora.merge_lora(model)
+    assert torch.allclose(model.decoder_logits(memory, labels), unmerged, atol=1e-5)
+    lora.unmerge_lora(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- what is trained -------------------------------------------------------------------------------------
+
+
+def test_a_training_step_moves_the_listed_parameters_and_nothing_else():
+    model = tiny_captioner(dropout=0.1)
+    lora.apply_lora(model)
+    trainable = lora.set_trainable(model, also=("bridge",))
+    assert set(trainable) == set(lora.adapter_parameters(model)) | {"bridge.weight", "bridge.bias"}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(trainable)
+    random_B(model)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(trainable.values(), lr=0.01)
+    loss, count = model.train().loss(model.bridge(torch.randn(2, 4, 24)), torch.randint(2, 50, (2, 5)))
+    (loss / count).backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(trainable)
+
+
+def test_the_decoder_with_fused_layers_trains_as_with_the_reference(monkeypatch):
+    gradients = []
+    for implementation in ("reference", "fused"):
+        monkeypatch.setattr("lora.layers.lora_linear", lambda *arguments, chosen=implementation: lora_linear(*arguments, implementation=chosen))
+        model = tiny_captioner(dropout=0.1)
+        lora.apply_lora(model, generator=torch.Generator().manual_seed(0))
+        trainable = lora.set_trainable(model)
+        random_B(model)
+        generator = torch.Generator().manual_seed(1)
+        features, labels = torch.randn(2, 4, 24, generator=generator), torch.randint(2, 50, (2, 5), generator=generator)
+        torch.manual_seed(11)
+        model.train().loss(model.bridge(features), labels)[0].backward()
+        gradients.append({name: parameter.grad for name, parameter in trainable.items()})
+    for name, expected in gradients[0].items():
+        assert torch.allclose(gradients[1][name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), name
+
+
+def test_base_weights_train_beside_their_adapters():
+    model = tiny_captioner()
+    lora.apply_lora(model)
+    trainable = lora.set_trainable(model, also=("bridge", "text"))
+    random_B(model)
+    loss, _ = model.loss(model.bridge(torch.randn(2, 4, 24)), torch.randint(2, 50, (2, 5)))
+    loss.backward()
+    name = "text.decoder.blocks.0.cross_attn.k_proj.base.weight"
+    assert name in trainable and trainable[name].grad.abs().max() > 0
+    assert all(parameter.grad is not None for parameter in trainable.values())
+
+
+def test_tied_weights_are_listed_and_counted_once():
+    model = tiny_captioner(tied=True)
+    trainable = lora.set_trainable(model, also=("text",))
+    assert "text.embedding.weight" in trainable and "text.lm_head.weight" not in trainable
+    assert len({id(parameter) for parameter in trainable.values()}) == len(trainable)
+    rows = {row.part: row for row in lora.parameter_table(model, trainable)}
+    assert rows["embeddings + head"].total == 50 * 32
+
+
+def test_an_unknown_part_is_named_with_the_choices():
+    with pytest.raises(ValueError, match="'txt'.*vision, bridge, text"):
+        lora.set_trainable(tiny_captioner(), also=("txt",))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_table_sums_to_the_models_parameters(tied):
+    model = tiny_captioner(num_layers=1, tied=tied)
+    plain = sum(parameter.numel() for parameter in model.parameters())
+    lora.apply_lora(model, rank=4)
+    trainable = lora.set_trainable(model)
+    rows = lora.parameter_table(model, trainable)
+    assert [row.part for row in rows] == ["vision", "bridge", "text encoder", "text decoder", "embeddings + head", "lora adapters", "total"]
+    assert rows[-1].total == sum(row.total for row in rows[:-1]) == sum(parameter.numel() for parameter in model.parameters())
+    assert rows[-1].trainable == sum(row.trainable for row in rows[:-1]) == sum(parameter.numel() for parameter in trainable.values())
+    adapters = next(row for row in rows if row.part == "lora adapters")
+    # Per decoder block 4 + 4 attention linears between 32 and 2 * 8, wi_0 and wi_1 from 32 to 40, wo back.
+    assert adapters.trainable == adapters.total == 2 * 4 * (8 * (32 + 16) + 3 * (32 + 40)) and plain + adapters.total == rows[-1].total
+    text = lora.format_parameter_table(rows)
+    assert len(text.splitlines()) == len(rows) + 1 and f"{rows[-1].total:,}" in text and len({len(line) for line in text.splitlines()}) == 1
