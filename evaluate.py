@@ -86,7 +86,7 @@ def decode_split(settings: Settings):
     """Captions of a split: (run, rows of {"image_id", "caption", "references"}, ledger of bad images)."""
     import torch
 
-    from captioner import checkpoint
+    from captioner import checkpoint, generate
     from captioner.backbones import Backbone
     from captioner.features import FeatureStore
     from captioner.runtime import choose_device, choose_precision, encode_images
@@ -109,6 +109,7 @@ def decode_split(settings: Settings):
         store.prepare(data_rows, ledger, device, settings.workers, progress=progress)
     dataset = CaptionDataset(data_rows, transform, store)
     loader = make_loader(dataset, None, settings.batch_size, range(len(data_rows)), settings.workers, "all", ledger=ledger)
+    generate.prepare_for_decoding(model)
     say(f"{run}: {len(data_rows)} images of {settings.split}, {settings.decode}, {device}, {precision}")
     rows = []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -1,57 +1,113 @@
-"""What decoding keeps between steps: keys and values of the memory and of the tokens so far.
+"""One decoding step of T5's decoder, and what it keeps between steps.
 
-Set up from outside and passed to `T5.decode`, which takes keys, values and biases from it. The rows that read one image are the query axis of
-one attention call, so the memory's keys and values are computed once per image and never copied, however many beams or samples there are.
+The decoder of `t5.py` runs whole texts and knows nothing of this; a step runs its modules, by name, on one token of every row. The rows that
+read one image are the query axis of one attention call, so the memory's keys and values are computed once per image and never copied, however
+many beams or samples there are. Products take the form that is fastest for few rows on a CPU.
 
-Legend: B images, G rows (beams or samples) of each, N image tokens, S positions so far, D width, H heads, K head dim.
+Legend: B images, G rows (beams or samples) of each, R = B * G, N image tokens, S positions so far, D width, H heads, K head dim, V vocabulary.
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from captioner.t5 import T5, Block, mask_bias
+from captioner.t5 import T5, Block, RMSNorm, mask_bias
+
+FEW_ROWS = range(3, 49)  # where `multiply` beats F.linear
+BLOCK = 8
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of few rows x (R, D) in fp32 on a CPU, as products of 8 rows of W (V, D) with x^T → (R, V).
+
+    BLAS repacks all of W for a product with 3 to 40 rows, which takes longer than the product; in blocks of 8 rows it streams W instead, twice as
+    fast at 10 rows. The rows of a block lie V / 8 apart, so that the processor prefetches 8 streams.
+    """
+    rows, (size, width) = x.shape[0], weight.shape
+    if rows not in FEW_ROWS or weight.device.type != "cpu" or weight.dtype != torch.float32 or size % BLOCK or not weight.is_contiguous():
+        return F.linear(x, weight)
+    columns = x.t() if rows <= 12 else x.t().contiguous()  # below, the copy costs more than strided reads
+    blocks = weight.view(BLOCK, size // BLOCK, width).transpose(0, 1)  # (V / 8, 8, D)
+    product = torch.bmm(blocks, columns.expand(size // BLOCK, -1, -1))  # (V / 8, 8, R)
+    return product.permute(2, 1, 0).reshape(rows, size)
+
+
+class Linears:
+    """Layers that read the same input: one product where they are plain and lie side by side (see `lay_side_by_side`), else one each."""
+
+    def __init__(self, *layers: nn.Module):
+        self.layers = layers
+        self.weight = _joined([layer.weight for layer in layers]) if all(_is_plain(layer) for layer in layers) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(R, D) → (R, V), the layers' outputs side by side."""
+        if self.weight is not None:
+            return multiply(x, self.weight)
+        return torch.cat([multiply(x, layer.weight) if _is_plain(layer) else layer(x) for layer in self.layers], dim=-1)
 
 
 class LayerCache:
-    """One decoder layer's keys and values: `memory` for cross-attention, and those of the tokens so far in room reserved once."""
+    """One decoder layer: a step through it, `memory`'s keys and values, and those of the tokens so far in room reserved once."""
 
     def __init__(self, block: Block, memory: Tensor, rows: int, slots: int, capacity: int):
+        self.block = block
+        self.self_qkv = Linears(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        self.self_out = Linears(block.self_attn.o_proj)
+        self.cross_query = Linears(block.cross_attn.q_proj)
+        self.cross_out = Linears(block.cross_attn.o_proj)
+        self.mlp_in = Linears(*(getattr(block.mlp, name) for name in block.mlp.inputs))
+        self.mlp_out = Linears(block.mlp.wo)
         keys, values = block.cross_attn.keys_values(memory)
         self.memory = keys.contiguous(), values.contiguous()  # each (B, H, N, K)
         batch, heads, _, head_dim = keys.shape
-        self.rows, self.slots, self.length = rows, slots, 0
-        self.keys = keys.new_empty(batch * rows, heads, capacity * slots, head_dim)
-        self.values = torch.empty_like(self.keys)
+        self.rows, self.slots, self.length, self.inner = rows, slots, 0, heads * head_dim
+        self.tokens = keys.new_empty(batch * rows, capacity * slots, 2, heads, head_dim)  # keys and values of each
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token of every row, each (B*G, H, 1, K); returns all so far, each (B*rows, H, S*slots, K)."""
-        batch, heads, _, head_dim = self.keys.shape
-        shape = (batch, self.slots, heads, head_dim)
+    def step(self, x: Tensor, self_bias: Tensor, memory_bias: Tensor | None) -> Tensor:
+        """One token of every row, (R, D) → (R, D): `t5.Block` in eval mode."""
+        block = self.block
+        queries, keys_values = self.self_qkv(_normalize(block.self_attn_norm, x)).tensor_split((self.inner,), dim=-1)
+        keys, values = self.append(keys_values)
+        x = x + self.self_out(block.self_attn.attend(queries, keys, values, self_bias))
+        queries = self.cross_query(_normalize(block.cross_attn_norm, x))
+        x = x + self.cross_out(block.cross_attn.attend(queries, *self.memory, memory_bias))
+        hidden = self.mlp_in(_normalize(block.mlp_norm, x))
+        return x + self.mlp_out(block.mlp.activate(*hidden.chunk(len(block.mlp.inputs), dim=-1)))
+
+    def append(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token of every row, (R, 2*H*K); returns keys and values of all so far, each (B*rows, H, S*slots, K)."""
+        batch, _, _, heads, head_dim = self.tokens.shape
         start, end = self.length * self.slots, (self.length + 1) * self.slots
-        self.keys[:, :, start:end] = keys.reshape(shape).transpose(1, 2)
-        self.values[:, :, start:end] = values.reshape(shape).transpose(1, 2)
+        self.tokens[:, start:end] = keys_values.reshape(batch, self.slots, 2, heads, head_dim)
         self.length += 1
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.tokens[:, :end].permute(2, 0, 3, 1, 4).unbind()
 
     def select(self, images: Tensor) -> None:
         """Keep only these images, given by index."""
         self.memory = tuple(tensor[images] for tensor in self.memory)
         rows = (images[:, None] * self.rows + torch.arange(self.rows, device=images.device)).flatten()
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.tokens = self.tokens[rows]
 
 
 class DecoderCache:
-    """Keys, values and biases of all layers for G independent rows per image (greedy, sampling).
+    """The decoder's step for G independent rows per image (greedy, sampling).
 
-    `text` is the T5, `memory` (B, N, D), `memory_mask` (B, N) True at real tokens, `capacity` the number of decoder inputs there is room for.
+    `text` is the T5 in eval mode, `memory` (B, N, D), `memory_mask` (B, N) True at real tokens, `capacity` the number of steps there is room for.
     """
 
     def __init__(self, text: T5, memory: Tensor, group: int, capacity: int, memory_mask: Tensor | None = None, slots: int = 1):
-        self.group, self.capacity = group, capacity
-        rows = group // slots
-        self.layers = [LayerCache(block, memory, rows, slots, capacity) for block in text.decoder.blocks]
+        self.text, self.capacity = text, capacity
+        self.layers = [LayerCache(block, memory, group // slots, slots, capacity) for block in text.decoder.blocks]
+        self.lm_head = Linears(text.lm_head)
         self.position_bias = text.decoder.position_bias(1, capacity).to(memory.dtype)  # (1, H, 1, capacity), last column = distance 0
         self.memory_bias = None if memory_mask is None else mask_bias(memory_mask, memory.dtype)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The next token of every row, (R,) → logits of the one after it, (R, V)."""
+        x, self_bias = self.text.embedding(tokens), self.self_bias
+        for layer in self.layers:
+            x = layer.step(x, self_bias, self.memory_bias)
+        return self.lm_head(self.text.scaled(_normalize(self.text.decoder.norm, x)))
 
     @property
     def length(self) -> int:
@@ -72,7 +128,7 @@ class DecoderCache:
 
 
 class BeamCache(DecoderCache):
-    """Cache of beams that branch. Nothing stored is ever moved: a position has one slot per beam, an image's beams read all its slots in one
+    """The step of beams that branch. Nothing stored is ever moved: a position has one slot per beam, an image's beams read all its slots in one
     attention call, and a beam sees those slots that hold its own ancestors.
     """
 
@@ -96,3 +152,43 @@ class BeamCache(DecoderCache):
     def select(self, images: Tensor) -> None:
         super().select(images)
         self.ancestors = self.ancestors[images]
+
+
+@torch.no_grad()
+def lay_side_by_side(text: T5) -> None:
+    """Move the decoder's weights that read the same input (q, k, v; wi_0, wi_1) into one block of memory each, where a step multiplies by all at once.
+
+    Shapes, values and parameters stay, and no memory is used beyond one layer's for a moment. Layers that are no plain nn.Linear are left alone.
+    """
+    for block in text.decoder.blocks:
+        attention = block.self_attn
+        for layers in ([attention.q_proj, attention.k_proj, attention.v_proj], [getattr(block.mlp, name) for name in block.mlp.inputs]):
+            if all(_is_plain(layer) for layer in layers) and _joined([layer.weight for layer in layers]) is None:
+                joined = torch.cat([layer.weight for layer in layers])
+                for layer, weight in zip(layers, joined.split([layer.out_features for layer in layers])):
+                    layer.weight.data = weight
+
+
+def _normalize(norm: RMSNorm, x: Tensor) -> Tensor:
+    """norm(x), in fp32 by one call of PyTorch's."""
+    if x.dtype == norm.weight.dtype == torch.float32:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+    return norm(x)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and layer.bias is None
+
+
+def _joined(weights: list[Tensor]) -> Tensor | None:
+    """The weights (V_i, D) as one (sum of V_i, D) where each begins in memory where the one before it ends, else None."""
+    first = weights[0].detach()
+    if len(weights) == 1:
+        return first
+    end = first.data_ptr()
+    for weight in weights:
+        same = weight.dtype == first.dtype and weight.device == first.device and weight.shape[1] == first.shape[1]
+        if not same or not weight.is_contiguous() or weight.data_ptr() != end or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += weight.numel() * weight.element_size()
+    return first.as_strided((sum(weight.shape[0] for weight in weights), first.shape[1]), first.stride())

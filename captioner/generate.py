@@ -8,21 +8,19 @@ Legend: B images, G rows (beams or samples) of each, N image tokens, T tokens, D
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner import sampling
-from captioner.cache import BeamCache, DecoderCache
+from captioner.cache import BeamCache, DecoderCache, lay_side_by_side
 from captioner.sampling import probabilities, processed_logits
 from captioner.t5 import T5
 
-__all__ = ["beam_search", "greedy", "probabilities", "processed_logits", "sample"]
+__all__ = ["beam_search", "greedy", "prepare_for_decoding", "probabilities", "processed_logits", "sample"]
 
 IMPOSSIBLE = -1e9  # score of a beam that must not be chosen, as in transformers
-FEW_ROWS = range(3, 49)  # where `_few_rows_linear` is the faster
 
 
 def greedy(
@@ -45,7 +43,7 @@ def greedy(
     def choose(logits: Tensor, ids: Tensor, _: Tensor) -> Tensor:
         return sampling.penalize_repetition(logits, ids, repetition_penalty).argmax(-1)
 
-    with _decoding(model.text, len(memory)) as text:
+    with _decoding(model.text) as text:
         ids = _decode_rows(text, memory, memory_mask, 1, steps, choose)[:, 0]
     return ids.clone()  # outside, since autograd refuses tensors of inference mode
 
@@ -82,7 +80,7 @@ def sample(
     def choose(logits: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         return sampling.draw(logits, ids, keys[rows], temperature, top_k, top_p, repetition_penalty)
 
-    with _decoding(model.text, len(memory) * n) as text:
+    with _decoding(model.text) as text:
         ids = _decode_rows(text, memory, memory_mask, n, steps, choose)
     return ids.clone()
 
@@ -102,11 +100,13 @@ def beam_search(
     """The best of `num_beams` hypotheses by sum of log-probabilities / length ** length_penalty: memory (B, N, D) → ids (B, T).
 
     `max_length` (20 unless either is given) counts the start token, `max_new_tokens` does not. An image is done when num_beams hypotheses are
-    finished and, unless early_stopping, the best running one would not beat the worst of them at its present length. After eos the filling is
-    pad, or eos where pad is 0: `transformers`' choice. Raises ValueError for arguments out of range.
+    finished and, unless early_stopping, the best running one would not beat the worst of them at its present length. One beam is `greedy`. After
+    eos the filling is pad, or eos where pad is 0: `transformers`' choice. Raises ValueError for arguments out of range.
     """
     steps = _steps(max_new_tokens, max_length, default=19)
     _check(memory, num_beams=num_beams, repetition_penalty=repetition_penalty)
+    if num_beams == 1:
+        return greedy(model, memory, max_new_tokens=steps, repetition_penalty=repetition_penalty, memory_mask=memory_mask)
     config = model.text.config
     if 2 * num_beams > config.vocab_size:
         raise ValueError(f"num_beams={num_beams} needs a vocabulary of at least {2 * num_beams}, not {config.vocab_size}")
@@ -121,13 +121,12 @@ def beam_search(
     finished = torch.full((batch, num_beams, steps + 1), fill, device=device)
     finished_scores = torch.full((batch, num_beams), IMPOSSIBLE, device=device)
     is_finished = torch.zeros((batch, num_beams), dtype=torch.bool, device=device)
-
     done = torch.zeros(batch, dtype=torch.bool, device=device)
 
-    with _decoding(model.text, batch * num_beams) as text:
+    with _decoding(model.text) as text:
         cache = BeamCache(text, memory, num_beams, steps, memory_mask)
         for length in range(1, steps + 1):
-            logits = _next_logits(text, running.flatten(0, 1), cache)
+            logits = cache.step(running[..., -1].flatten()).float()
             scores, parents, tokens = _best_continuations(logits, running, running_scores, repetition_penalty)
             sequences = torch.cat([_take(running, parents), tokens[..., None]], dim=-1)
             ends = tokens == config.eos_token_id if length < steps else torch.ones_like(tokens, dtype=torch.bool)
@@ -161,45 +160,26 @@ def beam_search(
     return best[:, : max(lengths.tolist(), default=1)]
 
 
+def prepare_for_decoding(model: nn.Module) -> None:
+    """Lay weights that read the same input side by side in memory, which makes decoding on a CPU faster (see `cache.lay_side_by_side`).
+
+    Optional, changes no value, shape or parameter. Do it once, after loading weights, merging LoRA and moving the model.
+    """
+    lay_side_by_side(model.text)
+
+
 @contextmanager
-def _decoding(text: T5, rows: int) -> Iterator[T5]:
-    """The decoder in eval mode, without autograd, its products ordered for this many rows; all put back afterwards."""
+def _decoding(text: T5) -> Iterator[T5]:
+    """The decoder in eval mode, without autograd; modes are put back afterwards, module by module."""
     modules = list(text.modules())
     modes = [module.training for module in modules]
-    linears = [module for module in modules if rows in FEW_ROWS and _streams(module)]
     text.eval()
-    for linear in linears:
-        linear.forward = partial(_few_rows_linear, linear.weight)
     try:
         with torch.inference_mode():
             yield text
     finally:
-        for linear in linears:
-            del linear.forward
         for module, mode in zip(modules, modes):
             module.training = mode
-
-
-def _streams(module: nn.Module) -> bool:
-    """Whether `_few_rows_linear` can stand in for this module."""
-    if type(module) is not nn.Linear or module.bias is not None:
-        return False
-    return module.weight.device.type == "cpu" and module.weight.is_contiguous() and module.out_features % 8 == 0
-
-
-def _few_rows_linear(weight: Tensor, x: Tensor) -> Tensor:
-    """x W^T for few rows x (..., D) on a CPU: 8 rows of W (V, D) at a time, times x^T → (..., V).
-
-    BLAS repacks all of W for a product with 3 to 40 rows, which takes longer than the product; in blocks of 8 rows it streams W instead, twice as
-    fast at 10 rows. The rows of a block lie V / 8 apart, so that the processor prefetches 8 streams.
-    """
-    size, width = weight.shape
-    columns = x.reshape(-1, width).t()
-    if columns.shape[1] > 12:  # below, a copy costs more than strided reads
-        columns = columns.contiguous()
-    blocks = weight.view(8, size // 8, width).transpose(0, 1)  # (V / 8, 8, D)
-    product = torch.bmm(blocks, columns.expand(size // 8, -1, -1))  # (V / 8, 8, rows)
-    return product.permute(2, 1, 0).reshape(*x.shape[:-1], size)
 
 
 def _decode_rows(text: T5, memory: Tensor, memory_mask: Tensor | None, n: int, steps: int, choose: Callable) -> Tensor:
@@ -211,7 +191,7 @@ def _decode_rows(text: T5, memory: Tensor, memory_mask: Tensor | None, n: int, s
     finished = torch.zeros(len(ids), dtype=torch.bool, device=memory.device)
     cache = DecoderCache(text, memory, n, steps, memory_mask)
     for length in range(1, steps + 1):
-        tokens = choose(_next_logits(text, ids, cache), ids, rows).masked_fill(finished, config.pad_token_id)
+        tokens = choose(cache.step(ids[:, -1]).float(), ids, rows).masked_fill(finished, config.pad_token_id)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         written[rows, length] = tokens
         finished = finished | (tokens == config.eos_token_id)
@@ -225,23 +205,21 @@ def _decode_rows(text: T5, memory: Tensor, memory_mask: Tensor | None, n: int, s
     return written[:, : length + 1].view(len(memory), n, -1)
 
 
-def _next_logits(text: T5, ids: Tensor, cache: DecoderCache) -> Tensor:
-    """Logits in fp32 of the token after ids (R, T), of which all but the last are in the cache: (R, V)."""
-    return text.logits(text.decode(ids[:, -1:], cache=cache)[:, -1]).float()
-
-
 def _best_continuations(logits: Tensor, running: Tensor, scores: Tensor, repetition_penalty: float) -> tuple[Tensor, Tensor, Tensor]:
     """The 2G best next tokens of an image's G beams together: scores, parent beams and tokens, each (B, 2G), best first.
 
-    logits (B*G, V), running (B, G, T), scores (B, G). Takes the 2G best of each beam first, so that no (B*G, V) log-probabilities are made.
+    logits (B*G, V), which are overwritten, running (B, G, T), scores (B, G). The 2G best of each beam are taken before they are normalised, so that
+    no (B*G, V) log-probabilities are made.
     """
     batch, beams = scores.shape
-    log_normalizer = logits.logsumexp(-1, keepdim=True)
     if repetition_penalty != 1.0:  # on log-probabilities, as transformers does in beam search
-        logits = sampling.penalize_repetition(logits - log_normalizer, running.flatten(0, 1), repetition_penalty)
-        log_normalizer = torch.zeros_like(log_normalizer)
-    log_probs, tokens = logits.topk(2 * beams)
-    log_probs = (log_probs - log_normalizer).view(batch, beams, -1) + scores[..., None]
+        log_probs = sampling.penalize_repetition(logits.log_softmax(-1), running.flatten(0, 1), repetition_penalty)
+        log_probs, tokens = log_probs.topk(2 * beams)
+    else:
+        top, tokens = logits.topk(2 * beams)
+        largest = top[:, :1]
+        log_probs = top - largest - logits.sub_(largest).exp_().sum(-1, keepdim=True).log()
+    log_probs = log_probs.view(batch, beams, -1) + scores[..., None]
     scores, best = log_probs.flatten(1).topk(2 * beams)
     return scores, best // (2 * beams), tokens.view(batch, -1).gather(1, best)
 
@@ -254,9 +232,7 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
 def _worth_keeping(done: Tensor) -> Tensor | None:
     """Indices of the images not done, where dropping the others pays for the copy (a quarter of the batch); None to go on with all."""
     count = int(done.sum())
-    if count == 0 or count < len(done) and 4 * count < len(done):
-        return None
-    return (~done).nonzero()[:, 0]
+    return None if count == 0 or 4 * count < len(done) else (~done).nonzero()[:, 0]
 
 
 def _steps(max_new_tokens: int | None, max_length: int | None, default: int) -> int:
@@ -272,7 +248,7 @@ def _steps(max_new_tokens: int | None, max_length: int | None, default: int) -> 
 
 def _check(memory: Tensor, **options) -> None:
     """Raise ValueError for the first option out of range."""
-    if memory.dim() != 3:
+    if memory.dim() != 3 or memory.numel() == 0:
         raise ValueError(f"memory has shape {tuple(memory.shape)}, not (images, tokens, width)")
     for name in ("num_beams", "n"):
         if options.get(name, 1) < 1:

@@ -34,8 +34,8 @@ def processed_logits(
 ) -> Tensor:
     """Logits (R, V) of the next token after generated_ids (R, T), start token included → (R, V) in fp32, minus infinity where excluded.
 
-    top_k None or 0 keeps all, top_p 1 too. Equals the chain of `transformers`' processors; of tokens that tie at the top-k limit all stay, of
-    those that tie where p is crossed the highest ids.
+    top_k None or 0 keeps all, top_p 1 too. Equals the chain of `transformers`' processors. Of tokens that tie at the top-k limit all stay; of those
+    that tie where p is crossed the highest ids (there, an unstable sort decides).
     """
     scores = penalize_repetition(logits.float(), generated_ids, repetition_penalty) / temperature
     if top_k and top_k < scores.shape[-1]:

@@ -149,7 +149,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout_rate
 
     def split_heads(self, x: Tensor, batch: int) -> Tensor:
-        """(B*G, T, H*K) → (B, H, G*T, K): the G rows of one memory become more queries of one attention call."""
+        """(B*G, ..., H*K) → (B, H, G*T, K): the G rows of one memory become more queries of one attention call."""
         return x.reshape(batch, -1, self.num_heads, self.head_dim).transpose(1, 2)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,16 +157,22 @@ class Attention(nn.Module):
         batch = memory.shape[0]
         return self.split_heads(self.k_proj(memory), batch), self.split_heads(self.v_proj(memory), batch)
 
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Projected queries (B*G, ..., H*K) over keys and values (B, H, N, K) → the heads' mixtures of values, shaped as the queries."""
+        dropout = self.dropout if self.training else 0.0
+        heads = self.split_heads(queries, keys.shape[0])
+        mixed = F.scaled_dot_product_attention(heads, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        return mixed.transpose(1, 2).reshape(queries.shape)  # (B, H, G*T, K) → (B*G, T, H*K)
+
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x (B*G, T, D) attends to keys and values (B, H, N, K) with an additive bias that broadcasts to (B, H, G*T, N) → (B*G, T, D)."""
-        queries = self.split_heads(self.q_proj(x), keys.shape[0])
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0)
-        return self.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))  # (B, H, G*T, K) → (B*G, T, D)
+        return self.o_proj(self.attend(self.q_proj(x), keys, values, bias))
 
 
 class GatedMLP(nn.Module):
     """wo(gelu(wi_0 x) * wi_1 x), with the tanh form of GELU (v1.1, Flan-T5)."""
+
+    inputs = ("wi_0", "wi_1")
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -176,11 +182,18 @@ class GatedMLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(self.dropout(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)))
+        return self.wo(self.dropout(self.activate(self.wi_0(x), self.wi_1(x))))
+
+    @staticmethod
+    def activate(gate: Tensor, value: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh") * value
 
 
 class ReluMLP(nn.Module):
     """wo(relu(wi x)) (v1.0)."""
+
+    inputs = ("wi",)
+    activate = staticmethod(F.relu)
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -189,7 +202,7 @@ class ReluMLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(self.dropout(F.relu(self.wi(x))))
+        return self.wo(self.dropout(self.activate(self.wi(x))))
 
 
 class Block(nn.Module):
@@ -206,16 +219,12 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.feed_forward_proj == "gated-gelu" else ReluMLP(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, self_bias, memory=None, memory_bias=None, cache=None) -> Tensor:
-        """x (B*G, T, D) → (B*G, T, D). With a cache, keys and values of earlier positions and of the memory come from it."""
+    def forward(self, x, self_bias, memory=None, memory_bias=None) -> Tensor:
+        """x (B*G, T, D), memory (B, N, D) in a decoder → (B*G, T, D)."""
         normed = self.self_attn_norm(x)
-        keys, values = self.self_attn.keys_values(normed)
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-        x = x + self.dropout(self.self_attn(normed, keys, values, self_bias))
-        if memory is not None or cache is not None:
-            keys, values = self.cross_attn.keys_values(memory) if cache is None else cache.memory
-            x = x + self.dropout(self.cross_attn(self.cross_attn_norm(x), keys, values, memory_bias))
+        x = x + self.dropout(self.self_attn(normed, *self.self_attn.keys_values(normed), self_bias))
+        if memory is not None:
+            x = x + self.dropout(self.cross_attn(self.cross_attn_norm(x), *self.cross_attn.keys_values(memory), memory_bias))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -231,30 +240,23 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def self_bias(self, query_length: int, key_length: int, mask: Tensor | None) -> Tensor:
-        """Position bias, minus infinity where a decoder would look ahead or where mask (B, key_length) is False: (B or 1, H, Tq, Tk)."""
-        bias = self.position_bias(query_length, key_length)
-        if self.is_decoder and query_length > 1:
-            visible = torch.ones(query_length, key_length, dtype=torch.bool, device=bias.device).tril(key_length - query_length)
+    def self_bias(self, length: int, mask: Tensor | None) -> Tensor:
+        """Position bias, minus infinity where a decoder would look ahead, lowest where mask (B, length) is False: (B or 1, H, length, length)."""
+        bias = self.position_bias(length, length)
+        if self.is_decoder:
+            visible = torch.ones(length, length, dtype=torch.bool, device=bias.device).tril()
             bias = bias.masked_fill(~visible, -torch.inf)
         if mask is not None:
             bias = bias + mask_bias(mask, bias.dtype)
         return bias
 
-    def forward(self, x, mask=None, memory=None, memory_mask=None, cache=None) -> Tensor:
-        """x (B*G, T, D) → (B*G, T, D).
-
-        mask (B*G, T) and memory_mask (B, N) are True at real tokens; memory is (B, N, D). A cache (see `cache.py`), if given, replaces all three:
-        x is then one token, T = 1, and the cache has the biases, and `layers[i]` keys and values.
-        """
-        if cache is None:
-            self_bias = self.self_bias(x.shape[1], x.shape[1], mask).to(x.dtype)
-            memory_bias = None if memory_mask is None else mask_bias(memory_mask, x.dtype)
-        else:
-            self_bias, memory_bias = cache.self_bias, cache.memory_bias
+    def forward(self, x, mask=None, memory=None, memory_mask=None) -> Tensor:
+        """x (B*G, T, D) → (B*G, T, D); mask (B*G, T) and memory_mask (B, N) are True at real tokens; memory is (B, N, D)."""
+        self_bias = self.self_bias(x.shape[1], mask).to(x.dtype)
+        memory_bias = None if memory_mask is None else mask_bias(memory_mask, x.dtype)
         x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, self_bias, memory, memory_bias, None if cache is None else cache.layers[i])
+        for block in self.blocks:
+            x = block(x, self_bias, memory, memory_bias)
         return self.dropout(self.norm(x))
 
 
@@ -331,15 +333,17 @@ class T5(nn.Module):
             raise UserError("this T5 was built without an encoder (num_layers = 0)")
         return self.encoder(self.embedding(input_ids), mask)
 
-    def decode(self, input_ids: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None, cache=None) -> Tensor:
-        """Decoder input (B*G, T) over memory (B, N, D), G rows to each → last hidden states (B*G, T, D). For cache see `Stack.forward`."""
-        return self.decoder(self.embedding(input_ids), memory=memory, memory_mask=memory_mask, cache=cache)
+    def decode(self, input_ids: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+        """Decoder input (B*G, T) over memory (B, N, D), G rows to each → last hidden states (B*G, T, D)."""
+        return self.decoder(self.embedding(input_ids), memory=memory, memory_mask=memory_mask)
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Last hidden states as lm_head takes them."""
+        return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states (..., D) → (..., V)."""
-        if self.config.scale_decoder_outputs:
-            hidden = hidden * self.config.d_model**-0.5
-        return self.lm_head(hidden)
+        return self.lm_head(self.scaled(hidden))
 
     def forward(self, input_ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Text to text: input_ids (B, T_in), mask (B, T_in), labels (B, T) → logits (B, T, V)."""

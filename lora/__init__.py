@@ -1,7 +1,7 @@
 """What is trained: LoRA layers, where they go into a model, and PEFT files. Knows nothing of captions or images.
 
-    names = lora.apply_lora(model, targets=("attn", "ffn"), where=("decoder",), rank=8, alpha=8, dropout=0.1)
-    trainable = lora.set_trainable(model, also=("bridge",))
+names = lora.apply_lora(model, targets=("attn", "ffn"), where=("decoder",), rank=8, alpha=8, dropout=0.1)
+trainable = lora.set_trainable(model, also=("bridge",))
 """
 
 from lora.inject import (

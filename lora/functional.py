@@ -4,16 +4,17 @@
     dx = dy W + m * (dh A)                                  dh = scale * dy B
     dA = dh^T (m * x)        dB = scale * dy^T h            h = (m * x) A^T
 
-x (..., D_in), W (D_out, D_in), b (D_out), A (R, D_in), B (D_out, R); m is 0 or 1 per element of x. W and b get a gradient only if they
-require one. LoRA: arXiv 2106.09685; dropout on its input and scaling as in `peft`.
+x (..., D_in), W (D_out, D_in), b (D_out), A (R, D_in), B (D_out, R); m is 0 or 1 per element of x. W and b get a
+gradient only if they require one. LoRA: arXiv 2106.09685; dropout on its input and scaling as in `peft`.
 
-Dropout: the drop rate is rounded to n / 32768 (0.1 becomes 3277 / 32768 = 0.100006) and 1 / keep is folded into `scale`. Masks come from
-torch's default generator of x's device, one independent draw per call, so `torch.manual_seed` before a step fixes all of them. A mask is
-made of 15-bit fields of 64-bit draws and applied by a bitwise AND, which costs a fifth of `F.dropout` on a CPU.
+Dropout: the drop rate is rounded to n / 32768 (0.1 becomes 3277 / 32768 = 0.100006) and 1 / keep is folded into
+`scale`. Masks come from torch's default generator of x's device, one independent draw per call, so
+`torch.manual_seed` before a step fixes all of them. A mask is made of 15-bit fields of 64-bit draws and applied by a
+bitwise AND, which costs about a quarter of `F.dropout` on a CPU.
 
-The fused form keeps x and the mask (one byte an element) for the backward pass, nothing else of x's size, and writes the rank-R product
-onto the base GEMM's output in place. Under autocast, and with low-precision base weights, A and B are cast at use; their gradients come
-back in their own dtype.
+The fused form keeps x and the mask (one byte an element) for the backward pass, nothing else of x's size, and writes
+the rank-R product onto the base GEMM's output in place. Under autocast, and with low-precision base weights, A and B
+are cast at use; their gradients come back in their own dtype.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def drop_level(dropout: float) -> int:
-    """The n of the drop rate n / 32768 that is used for `dropout`: at most 32767, and 0 (no dropout) below 1 / 65536."""
+    """The n of the drop rate n / 32768 that is used for `dropout`: at most 32767, and 0 (none) below 1 / 65536."""
     return min(round(dropout * DROP_LEVELS), DROP_LEVELS - 1)
 
 
@@ -40,7 +41,9 @@ def keep_probability(dropout: float) -> float:
 
 
 def draw_keep_mask(shape: tuple[int, ...], dropout: float, device: torch.device) -> Tensor:
-    """A fresh int8 mask of this shape: -1 (all bits set) where the element is kept, 0 where it is dropped. Needs `drop_level(dropout)` > 0."""
+    """A fresh int8 mask of this shape: -1 (all bits set) where the element is kept, 0 where it is dropped. Needs
+    `drop_level(dropout)` > 0.
+    """
     mask = torch.empty(torch.Size(shape).numel(), dtype=torch.int8, device=device)
     for part in mask.split(CHUNK if device.type == "cpu" else max(1, mask.numel())):
         draws = torch.empty((part.numel() + 3) // 4, dtype=torch.int64, device=device).random_()
@@ -72,7 +75,9 @@ def lora_linear(
     training: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
-    """x (..., D_in) → (..., D_out). Dropout acts only in training; implementation is a key of IMPLEMENTATIONS, or None for the fastest."""
+    """x (..., D_in) → (..., D_out). Dropout acts only in training; implementation is a key of IMPLEMENTATIONS, or
+    None for the fastest.
+    """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -95,7 +100,9 @@ def lora_linear_fused(x, weight, bias, lora_A, lora_B, scaling, dropout=0.0, tra
     if training and drop_level(dropout) > 0:
         mask = draw_keep_mask(rows.shape, dropout, x.device)
         scaling = scaling / keep_probability(dropout)
-    return FusedLoRALinear.apply(rows, weight, bias, lora_A, lora_B, scaling, mask).view(*x.shape[:-1], -1 if rows.shape[0] else weight.shape[0])
+    return FusedLoRALinear.apply(rows, weight, bias, lora_A, lora_B, scaling, mask).view(
+        *x.shape[:-1], -1 if rows.shape[0] else weight.shape[0]
+    )
 
 
 def dropped_rows(x: Tensor, mask: Tensor, rows: slice) -> Tensor:
@@ -113,10 +120,14 @@ def project(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
     return hidden
 
 
-def project_backward(dhidden: Tensor, x: Tensor, A: Tensor, mask: Tensor | None, need_x: bool, need_A: bool) -> tuple[Tensor | None, Tensor | None]:
+def project_backward(
+    dhidden: Tensor, x: Tensor, A: Tensor, mask: Tensor | None, need_x: bool, need_A: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `project`: dx = m * (dh A), and dA = dh^T (m * x) in fp32 or wider."""
     if mask is None:
-        return dhidden @ A if need_x else None, (dhidden.t() @ x).to(torch.promote_types(x.dtype, torch.float32)) if need_A else None
+        return dhidden @ A if need_x else None, (dhidden.t() @ x).to(
+            torch.promote_types(x.dtype, torch.float32)
+        ) if need_A else None
     dx = torch.empty_like(x) if need_x else None
     dA = torch.zeros_like(A, dtype=torch.promote_types(x.dtype, torch.float32)) if need_A else None
     for rows in row_slices(x):

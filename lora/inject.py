@@ -37,10 +37,10 @@ def apply_lora(
 ) -> list[str]:
     """Replace the targeted nn.Linear modules by `LoRALinear` in place; their names, in module order.
 
-    targets: groups (`attn`, `ffn`) or the last or several dotted components of names, compared whole: `q_proj`, `cross_attn.q_proj`,
-    `self_attn` (all linears under it). where: `decoder`, `encoder`, `vision`. Draws A from generator, or torch's default one.
-    Raises ValueError, and changes nothing, on an unknown target or place, a target that matches nothing in a place, a model that has
-    LoRA already, or settings that LoRALinear refuses.
+    targets: groups (`attn`, `ffn`) or the last or several dotted components of names, compared whole: `q_proj`,
+    `cross_attn.q_proj`, `self_attn` (all linears under it). where: `decoder`, `encoder`, `vision`. Draws A from
+    generator, or torch's default one. Raises ValueError, and changes nothing, on an unknown target or place, a target
+    that matches nothing in a place, a model that has LoRA already, or settings that LoRALinear refuses.
     """
     check_settings(rank, dropout, init)
     refuse_second_injection(model)
@@ -48,24 +48,35 @@ def apply_lora(
     for place in list_of(where, "where"):
         names = linear_names(model, place)
         for target in list_of(targets, "targets"):
-            found = {name for name in names if any(matches(name, pattern) for pattern in TARGETS.get(target, (target,)))}
+            found = {
+                name for name in names if any(matches(name, pattern) for pattern in TARGETS.get(target, (target,)))
+            }
             if not found:
                 everywhere = {name for known in WHERE if has_place(model, known) for name in linear_names(model, known)}
                 if target not in TARGETS and not any(matches(name, target) for name in everywhere):
                     choices = sorted({name.rpartition(".")[2] for name in names})
-                    raise ValueError(f"unknown LoRA target {target!r}: one of {', '.join(TARGETS)}, or a module name such as {', '.join(choices)}")
+                    groups = ", ".join(TARGETS)
+                    raise ValueError(
+                        f"unknown LoRA target {target!r}: one of {groups}, or a name such as {', '.join(choices)}"
+                    )
                 raise ValueError(f"LoRA target {target!r} matches no linear layer in the {place}")
             matched |= found
     return replace_linears(model, matched, rank, alpha, dropout, init, generator)
 
 
-def replace_linears(model, names: Iterable[str], rank: int, alpha: float, dropout: float, init: str, generator=None) -> list[str]:
+def replace_linears(
+    model, names: Iterable[str], rank: int, alpha: float, dropout: float, init: str, generator=None
+) -> list[str]:
     """Wrap exactly the named linears; their names, in module order."""
     names = set(names)
     ordered = [name for name, _ in model.named_modules() if name in names]
     for name in ordered:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(model.get_submodule(name), rank, alpha, dropout, init, generator))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            LoRALinear(model.get_submodule(name), rank, alpha, dropout, init, generator),
+        )
     return ordered
 
 
@@ -73,7 +84,10 @@ def refuse_second_injection(model: nn.Module) -> None:
     """Raises ValueError if the model has LoRA layers."""
     present = lora_modules(model)
     if present:
-        raise ValueError(f"the model has LoRA on {len(present)} layers already, {next(iter(present))} the first; merge_lora(model, remove=True) folds them in")
+        raise ValueError(
+            f"the model has LoRA on {len(present)} layers already, {next(iter(present))} the first; "
+            "merge_lora(model, remove=True) folds them in"
+        )
 
 
 def list_of(value: Sequence[str], what: str) -> list[str]:
@@ -98,7 +112,11 @@ def linear_names(model: nn.Module, place: str) -> list[str]:
     if not has_place(model, place):
         raise ValueError(f"this model has no {place} ({WHERE[place]}) for LoRA")
     prefix = WHERE[place]
-    return [f"{prefix}.{name}" for name, module in model.get_submodule(prefix).named_modules() if isinstance(module, nn.Linear)]
+    return [
+        f"{prefix}.{name}"
+        for name, module in model.get_submodule(prefix).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -155,7 +173,9 @@ class ParameterRow(NamedTuple):
 
 
 def parameter_table(model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[ParameterRow]:
-    """Trainable and total parameters by part, tied weights once; the parts that the model lacks are left out, the last row is the sum."""
+    """Trainable and total parameters by part, tied weights once; the parts that the model lacks are left out, the
+    last row is the sum.
+    """
     adapters = set(adapter_parameters(model))
     trained = {id(parameter) for parameter in trainable.values()}
     counts = {part: [0, 0] for part in (*PARTS, OTHER, ADAPTERS)}
@@ -171,13 +191,21 @@ def parameter_table(model: nn.Module, trainable: dict[str, nn.Parameter]) -> lis
 def format_parameter_table(rows: Sequence[ParameterRow]) -> str:
     """The rows of `parameter_table` as aligned text with the trained share in percent."""
     lines = [("part", "trainable", "total", "%")]
-    lines += [(row.part, f"{row.trainable:,}", f"{row.total:,}", f"{100 * row.trainable / max(1, row.total):.2f}") for row in rows]
+    lines += [
+        (row.part, f"{row.trainable:,}", f"{row.total:,}", f"{100 * row.trainable / max(1, row.total):.2f}")
+        for row in rows
+    ]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines)
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        for line in lines
+    )
 
 
 def merge_lora(model: nn.Module, remove: bool = False) -> None:
-    """Merge every LoRA layer into its base weight; twice is once. remove puts the plain linears back: the model then has no LoRA."""
+    """Merge every LoRA layer into its base weight; twice is once. remove puts the plain linears back: the model then
+    has no LoRA.
+    """
     for name, module in lora_modules(model).items():
         module.merge()
         if remove:

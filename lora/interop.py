@@ -1,7 +1,8 @@
 """LoRA in the files of `peft`: adapter_config.json and adapter_model.safetensors, written and read without peft.
 
-Tensor names are `base_model.model.<module path in the donor's model>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R). Our module
-paths differ from the donor's, so both functions take a callable between the two. No pickle is written or read.
+Tensor names are `base_model.model.<module path in the donor's model>.lora_A.weight` (R, in) and `.lora_B.weight`
+(out, R). Our module paths differ from the donor's, so both functions take a callable between the two. No pickle is
+written or read.
 """
 
 import json
@@ -18,7 +19,7 @@ from lora.inject import lora_modules, refuse_second_injection, replace_linears
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Settings of peft that change what an adapter computes and that we do not have, with the values under which they do nothing.
+# Settings of peft that change what an adapter computes and that we do not have, with their values of no effect.
 WITHOUT_EFFECT = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -37,22 +38,28 @@ WITHOUT_EFFECT = {
 }
 
 
-def save_peft(model: nn.Module, directory: str | Path, module_name: Callable[[str], str], base_model_name: str | None = None) -> None:
+def save_peft(
+    model: nn.Module, directory: str | Path, module_name: Callable[[str], str], base_model_name: str | None = None
+) -> None:
     """Write the model's LoRA into directory in peft's layout, A and B in fp32.
 
-    module_name turns our module path into the donor's. The config lists every module by its whole path, so that peft adapts these and
-    nothing else. Raises ValueError if the model has no LoRA, layers of different settings, or merged ones (its base weights then hold the
-    update too), and OSError where the files cannot be written.
+    module_name turns our module path into the donor's. The config lists every module by its whole path, so that peft
+    adapts these and nothing else. Raises ValueError if the model has no LoRA, layers of different settings, or merged
+    ones (its base weights then hold the update too), and OSError where the files cannot be written.
     """
     modules = lora_modules(model)
     if not modules:
         raise ValueError("the model has no LoRA to save")
     merged = [name for name, module in modules.items() if module.merged]
     if merged:
-        raise ValueError(f"LoRA is merged into {len(merged)} layers, {merged[0]} the first: call unmerge_lora before saving")
+        raise ValueError(
+            f"LoRA is merged into {len(merged)} layers, {merged[0]} the first: call unmerge_lora before saving"
+        )
     settings = {(module.rank, module.alpha, module.dropout, module.init) for module in modules.values()}
     if len(settings) > 1:
-        raise ValueError(f"LoRA layers differ in (rank, alpha, dropout, init), which one PEFT file cannot hold: {sorted(settings)}")
+        raise ValueError(
+            f"LoRA layers differ in (rank, alpha, dropout, init), which one PEFT file cannot hold: {sorted(settings)}"
+        )
     rank, alpha, dropout, init = settings.pop()
     donor_names = {name: module_name(name) for name in modules}
     config = {
@@ -79,12 +86,14 @@ def save_peft(model: nn.Module, directory: str | Path, module_name: Callable[[st
 
 
 def load_peft(model: nn.Module, directory: str | Path, our_name: Callable[[str], str]) -> list[str]:
-    """Inject the LoRA of a peft directory into a model without one and load its weights; the names of the modules, in module order.
+    """Inject the LoRA of a peft directory into a model without one and load its weights; the names of the modules, in
+    module order.
 
-    our_name turns the donor's module path into ours; a LookupError or ValueError from it counts as an unexpected name. A file with
-    alpha / rank scaling (use_rslora false) gets the alpha that gives the same scaling here. Raises FileNotFoundError where a file is
-    missing; ValueError, and the model is as it was, where the config asks for what we do not have, the names do not fit the model and
-    the config in both directions (both lists are in the message), or a shape differs.
+    our_name turns the donor's module path into ours; a LookupError or ValueError from it counts as an unexpected
+    name. A file with alpha / rank scaling (use_rslora false) gets the alpha that gives the same scaling here. Raises
+    FileNotFoundError where a file is missing; ValueError, and the model is as it was, where the config asks for what
+    we do not have, the names do not fit the model and the config in both directions (both lists are in the message),
+    or a shape differs.
     """
     refuse_second_injection(model)
     directory = Path(directory)
@@ -106,11 +115,17 @@ def load_peft(model: nn.Module, directory: str | Path, our_name: Callable[[str],
             ours[name] = pair
     missing = missing_targets(config["target_modules"], pairs, ours, linears)
     if missing or unexpected:
-        raise ValueError(f"{directory / WEIGHTS_FILE} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}"
+        )
     wrong = []
     for name, pair in ours.items():
         expected = {"lora_A": (rank, linears[name].in_features), "lora_B": (linears[name].out_features, rank)}
-        wrong += [f"{name}.{key} has shape {list(pair[key].shape)}, expected {list(shape)}" for key, shape in expected.items() if pair[key].shape != shape]
+        wrong += [
+            f"{name}.{key} has shape {list(pair[key].shape)}, expected {list(shape)}"
+            for key, shape in expected.items()
+            if pair[key].shape != shape
+        ]
     if wrong:
         raise ValueError(f"{directory / WEIGHTS_FILE} does not fit: {short(wrong)}")
     init = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
@@ -147,7 +162,11 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
-        advice = "; adapter_model.bin is a pickle and is not read: load it in peft and save_pretrained() it again" if pickled else ""
+        advice = (
+            "; adapter_model.bin is a pickle and is not read: load it in peft and save_pretrained() it again"
+            if pickled
+            else ""
+        )
         raise FileNotFoundError(f"{path}: no such file{advice}")
     try:
         return load_file(path)
@@ -165,22 +184,34 @@ def grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, 
             unexpected.append(key)
         else:
             pairs.setdefault(found[1], {})[found[2]] = tensor
-    missing = [f"{PREFIX}{donor}.{own}.weight" for donor, pair in pairs.items() for own in ("lora_A", "lora_B") if own not in pair]
+    missing = [
+        f"{PREFIX}{donor}.{own}.weight"
+        for donor, pair in pairs.items()
+        for own in ("lora_A", "lora_B")
+        if own not in pair
+    ]
     if missing or unexpected or not pairs:
-        raise ValueError(f"{directory / WEIGHTS_FILE} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}"
+        )
     return pairs
 
 
 def is_targeted(donor: str, targets: str | list[str]) -> bool:
-    """Whether peft's target_modules cover a donor module: a list of whole paths or last components, a regular expression, or all-linear."""
+    """Whether peft's target_modules cover a donor module: a list of whole paths or last components, a regular
+    expression, or all-linear.
+    """
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, donor) is not None
     return any(donor == target or donor.endswith(f".{target}") for target in targets)
 
 
-def missing_targets(targets: str | list[str], pairs: Iterable[str], ours: Iterable[str], linears: Iterable[str]) -> list[str]:
-    """What the config promises and the file lacks: listed targets without a pair, and, for targets that are no whole paths, layers of a stack
-    that are left out while others are there."""
+def missing_targets(
+    targets: str | list[str], pairs: Iterable[str], ours: Iterable[str], linears: Iterable[str]
+) -> list[str]:
+    """What the config promises and the file lacks: listed targets without a pair, and, for targets that are no whole
+    paths, layers of a stack that are left out while others are there.
+    """
     if isinstance(targets, list):
         lacking = [target for target in targets if not any(is_targeted(donor, [target]) for donor in pairs)]
         if lacking or set(targets) <= set(pairs):

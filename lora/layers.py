@@ -1,4 +1,5 @@
-"""`LoRALinear`: a frozen nn.Linear with a trained low-rank update beside it (LoRA, arXiv 2106.09685; alpha / sqrt(rank), arXiv 2312.03732).
+"""`LoRALinear`: a frozen nn.Linear with a trained low-rank update beside it (LoRA, arXiv 2106.09685; alpha /
+sqrt(rank), arXiv 2312.03732).
 
 Legend: R rank.
 """
@@ -16,10 +17,11 @@ INITS = ("gaussian", "kaiming")
 class LoRALinear(nn.Module):
     """y = base(x) + scaling * dropout(x) A^T B^T, with scaling = alpha / sqrt(rank).
 
-    base is kept as it is and frozen. A (R, in) is normal with standard deviation 1/R (`gaussian`) or PEFT's default (`kaiming`), B (out, R) is zero:
-    the first output is base's own. A and B are fp32 even beside a bf16 base. train() and eval() switch dropout and touch no weight; `merge` and
-    `unmerge` are explicit, and while merged the update lies in base.weight and forward is base alone.
-    Raises ValueError on rank < 1, dropout outside [0, 1), an unknown init, or a base that is no nn.Linear.
+    base is kept as it is and frozen. A (R, in) is normal with standard deviation 1/R (`gaussian`) or PEFT's default
+    (`kaiming`), B (out, R) is zero: the first output is base's own. A and B are fp32 even beside a bf16 base. train()
+    and eval() switch dropout and touch no weight; `merge` and `unmerge` are explicit, and while merged the update
+    lies in base.weight and forward is base alone. Raises ValueError on rank < 1, dropout outside [0, 1), an unknown
+    init, or a base that is no nn.Linear.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class LoRALinear(nn.Module):
         """(..., in) → (..., out)."""
         if self.merged:
             return self.base(x)
-        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling, self.dropout, self.training)
+        return lora_linear(
+            x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling, self.dropout, self.training
+        )
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Its own parameters by name, without base's."""
@@ -69,7 +73,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to base.weight, rounding once; the old weight is kept for `unmerge`. Does nothing if merged already."""
+        """Add the update to base.weight, rounding once; the old weight is kept for `unmerge`. Does nothing if merged
+        already.
+        """
         if self.merged:
             return
         self.unmerged_weight = self.base.weight.detach().clone()
@@ -84,7 +90,8 @@ class LoRALinear(nn.Module):
         self.unmerged_weight = None
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}, merged={self.merged}"
+        scale = f"alpha={self.alpha:g}, scaling={self.scaling:g}"
+        return f"rank={self.rank}, {scale}, dropout={self.dropout:g}, merged={self.merged}"
 
 
 def check_settings(rank: int, dropout: float, init: str) -> None:

@@ -30,7 +30,15 @@ class TinyVision(nn.Module):
 def tiny_captioner(num_layers: int = 0, tied: bool = False, dropout: float = 0.0) -> Captioner:
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=50, d_model=32, d_kv=8, d_ff=40, num_layers=num_layers, num_decoder_layers=2, num_heads=2, dropout_rate=dropout, tie_word_embeddings=tied
+        vocab_size=50,
+        d_model=32,
+        d_kv=8,
+        d_ff=40,
+        num_layers=num_layers,
+        num_decoder_layers=2,
+        num_heads=2,
+        dropout_rate=dropout,
+        tie_word_embeddings=tied,
     )
     return Captioner(TinyVision(), T5(config))
 
@@ -43,7 +51,9 @@ def random_B(model: nn.Module) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def random_arguments(rows: tuple[int, ...] = (3, 5), d_in=12, d_out=20, rank=4, bias=True, dtype=torch.float32, grad=True) -> list:
+def random_arguments(
+    rows: tuple[int, ...] = (3, 5), d_in=12, d_out=20, rank=4, bias=True, dtype=torch.float32, grad=True
+) -> list:
     generator = torch.Generator().manual_seed(1)
     shapes = [(*rows, d_in), (d_out, d_in), (d_out,), (rank, d_in), (d_out, rank)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -74,7 +84,9 @@ def test_gradients_against_finite_differences(implementation, dropout, bias):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("rows, d_in", [((3, 5), 12), ((7,), 9), ((2, 3, 4), 31), ((700,), 513), ((0, 4), 12), ((1, 1), 1)])
+@pytest.mark.parametrize(
+    "rows, d_in", [((3, 5), 12), ((7,), 9), ((2, 3, 4), 31), ((700,), 513), ((0, 4), 12), ((1, 1), 1)]
+)
 def test_fused_equals_reference_with_the_same_masks(dtype, tolerance, rows, d_in):
     results = []
     for implementation in ("reference", "fused"):
@@ -127,7 +139,9 @@ def test_keep_rate(dropout):
     kept = draw_keep_mask((1000, 999), dropout, torch.device("cpu"))
     assert set(kept.unique().tolist()) == {-1, 0}
     # Four standard deviations of the mean of a million draws.
-    assert (kept < 0).double().mean().item() == pytest.approx(1 - dropout, abs=4 * math.sqrt(dropout * (1 - dropout) / 999_000))
+    assert (kept < 0).double().mean().item() == pytest.approx(
+        1 - dropout, abs=4 * math.sqrt(dropout * (1 - dropout) / 999_000)
+    )
     assert keep_probability(dropout) == pytest.approx(1 - dropout, abs=2**-16)
     assert keep_probability(0.1) == 1 - 3277 / 32768
 
@@ -176,7 +190,12 @@ def test_output_and_gradients_equal_pefts(bias):
     theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
     A, B = torch.randn(8, 24), torch.randn(40, 8)
     with torch.no_grad():
-        for target, source in ((ours.lora_A, A), (theirs.lora_A["default"].weight, A), (ours.lora_B, B), (theirs.lora_B["default"].weight, B)):
+        for target, source in (
+            (ours.lora_A, A),
+            (theirs.lora_A["default"].weight, A),
+            (ours.lora_B, B),
+            (theirs.lora_B["default"].weight, B),
+        ):
             target.copy_(source)
     x, upstream = torch.randn(2, 6, 24), torch.randn(2, 6, 40)
     found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -203,7 +222,9 @@ def test_gaussian_init(rank, std):
 def test_kaiming_init_is_pefts_default():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(4000, 3)), peft.LoraConfig(r=8, target_modules=["0"])).base_model.model[0]
+    theirs = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4000, 3)), peft.LoraConfig(r=8, target_modules=["0"])
+    ).base_model.model[0]
     ours = LoRALinear(nn.Linear(4000, 3), rank=8, init="kaiming").lora_A
     expected = theirs.lora_A["default"].weight
     assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.03)
@@ -260,13 +281,18 @@ def test_autocast(base_dtype):
     layer = LoRALinear(nn.Linear(24, 40).to(base_dtype), dropout=0.0)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(64, 24, requires_grad=True)
-    exact = F.linear(x, layer.base.weight.float(), layer.base.bias.float()) + layer.scaling * x @ layer.lora_A.t() @ layer.lora_B.t()
+    exact = (
+        F.linear(x, layer.base.weight.float(), layer.base.bias.float())
+        + layer.scaling * x @ layer.lora_A.t() @ layer.lora_B.t()
+    )
     exact_gradients = torch.autograd.grad(exact.sum(), (x, layer.lora_A, layer.lora_B))
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
-    for found, expected in zip((y, x.grad, layer.lora_A.grad, layer.lora_B.grad), (exact, *exact_gradients), strict=True):
+    for found, expected in zip(
+        (y, x.grad, layer.lora_A.grad, layer.lora_B.grad), (exact, *exact_gradients), strict=True
+    ):
         assert found.dtype in (torch.bfloat16, torch.float32)
         assert (found - expected).abs().max() < 0.03 * expected.abs().max()
     assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
@@ -274,7 +300,13 @@ def test_autocast(base_dtype):
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"rank": 0}, "rank"), ({"rank": -2}, "rank"), ({"dropout": 1.0}, "dropout"), ({"dropout": -0.1}, "dropout"), ({"init": "zeros"}, "gaussian")],
+    [
+        ({"rank": 0}, "rank"),
+        ({"rank": -2}, "rank"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"init": "zeros"}, "gaussian"),
+    ],
 )
 def test_settings_that_make_no_sense(settings, named):
     with pytest.raises(ValueError, match=named):
@@ -312,10 +344,22 @@ def test_names_are_exact_and_in_module_order():
     ("targets", "where", "expected"),
     [
         (("cross_attn.q_proj",), ("decoder",), [f"text.decoder.blocks.{i}.cross_attn.q_proj" for i in range(2)]),
-        (("wo",), ("encoder", "decoder"), [f"text.{part}.blocks.{i}.mlp.wo" for part in ("encoder", "decoder") for i in range(2)]),
+        (
+            ("wo",),
+            ("encoder", "decoder"),
+            [f"text.{part}.blocks.{i}.mlp.wo" for part in ("encoder", "decoder") for i in range(2)],
+        ),
         (("ffn", "q_proj"), ("vision",), ["vision.attn.q_proj", "vision.mlp.fc1", "vision.mlp.fc2"]),
-        (("self_attn",), ("decoder",), [f"text.decoder.blocks.{i}.self_attn.{name}" for i in range(2) for name in ATTENTION]),
-        (("q_proj", "q_proj"), ("decoder", "decoder"), [f"text.decoder.blocks.{i}.{kind}.q_proj" for i in range(2) for kind in ("self_attn", "cross_attn")]),
+        (
+            ("self_attn",),
+            ("decoder",),
+            [f"text.decoder.blocks.{i}.self_attn.{name}" for i in range(2) for name in ATTENTION],
+        ),
+        (
+            ("q_proj", "q_proj"),
+            ("decoder", "decoder"),
+            [f"text.decoder.blocks.{i}.{kind}.q_proj" for i in range(2) for kind in ("self_attn", "cross_attn")],
+        ),
         (("blocks.1.mlp",), ("decoder",), [f"text.decoder.blocks.1.mlp.{name}" for name in ("wi_0", "wi_1", "wo")]),
     ],
 )
@@ -415,7 +459,10 @@ def test_a_training_step_moves_the_listed_parameters_and_nothing_else():
 def test_the_decoder_with_fused_layers_trains_as_with_the_reference(monkeypatch):
     gradients = []
     for implementation in ("reference", "fused"):
-        monkeypatch.setattr("lora.layers.lora_linear", lambda *arguments, chosen=implementation: lora_linear(*arguments, implementation=chosen))
+        monkeypatch.setattr(
+            "lora.layers.lora_linear",
+            lambda *arguments, chosen=implementation: lora_linear(*arguments, implementation=chosen),
+        )
         model = tiny_captioner(dropout=0.1)
         lora.apply_lora(model, generator=torch.Generator().manual_seed(0))
         trainable = lora.set_trainable(model)
@@ -462,11 +509,34 @@ def test_the_table_sums_to_the_models_parameters(tied):
     lora.apply_lora(model, rank=4)
     trainable = lora.set_trainable(model)
     rows = lora.parameter_table(model, trainable)
-    assert [row.part for row in rows] == ["vision", "bridge", "text encoder", "text decoder", "embeddings + head", "lora adapters", "total"]
-    assert rows[-1].total == sum(row.total for row in rows[:-1]) == sum(parameter.numel() for parameter in model.parameters())
-    assert rows[-1].trainable == sum(row.trainable for row in rows[:-1]) == sum(parameter.numel() for parameter in trainable.values())
+    assert [row.part for row in rows] == [
+        "vision",
+        "bridge",
+        "text encoder",
+        "text decoder",
+        "embeddings + head",
+        "lora adapters",
+        "total",
+    ]
+    assert (
+        rows[-1].total
+        == sum(row.total for row in rows[:-1])
+        == sum(parameter.numel() for parameter in model.parameters())
+    )
+    assert (
+        rows[-1].trainable
+        == sum(row.trainable for row in rows[:-1])
+        == sum(parameter.numel() for parameter in trainable.values())
+    )
     adapters = next(row for row in rows if row.part == "lora adapters")
     # Per decoder block 4 + 4 attention linears between 32 and 2 * 8, wi_0 and wi_1 from 32 to 40, wo back.
-    assert adapters.trainable == adapters.total == 2 * 4 * (8 * (32 + 16) + 3 * (32 + 40)) and plain + adapters.total == rows[-1].total
+    assert (
+        adapters.trainable == adapters.total == 2 * 4 * (8 * (32 + 16) + 3 * (32 + 40))
+        and plain + adapters.total == rows[-1].total
+    )
     text = lora.format_parameter_table(rows)
-    assert len(text.splitlines()) == len(rows) + 1 and f"{rows[-1].total:,}" in text and len({len(line) for line in text.splitlines()}) == 1
+    assert (
+        len(text.splitlines()) == len(rows) + 1
+        and f"{rows[-1].total:,}" in text
+        and len({len(line) for line in text.splitlines()}) == 1
+    )

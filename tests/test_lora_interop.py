@@ -16,7 +16,9 @@ from captioner.t5 import T5, T5Config
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=0.0)
+SIZES = dict(
+    vocab_size=64, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=0.0
+)
 LAYERS = {
     "self_attn_norm": "layer.0.layer_norm",
     "self_attn.q_proj": "layer.0.SelfAttention.q",
@@ -35,13 +37,20 @@ def donor_name(name: str) -> str:
     """text.decoder.blocks.0.cross_attn.q_proj → decoder.block.0.layer.1.EncDecAttention.q"""
     stack, block, layer = re.fullmatch(r"text\.(encoder|decoder)\.blocks\.(\d+)\.(.+)", name).groups()
     mlp = {"encoder": "layer.1", "decoder": "layer.2"}[stack]
-    mapped = LAYERS.get(layer) or layer.replace("mlp_norm", f"{mlp}.layer_norm").replace("mlp.", f"{mlp}.DenseReluDense.")
+    mapped = LAYERS.get(layer) or layer.replace("mlp_norm", f"{mlp}.layer_norm").replace(
+        "mlp.", f"{mlp}.DenseReluDense."
+    )
     return f"{stack}.block.{block}.{mapped}"
 
 
 def our_name(donor: str) -> str:
     """Inverse of donor_name; KeyError for what it does not know."""
-    names = (f"text.{stack}.blocks.{block}.{layer}" for stack in ("encoder", "decoder") for block in range(4) for layer in (*LAYERS, "mlp.wi_0", "mlp.wi_1", "mlp.wo"))
+    names = (
+        f"text.{stack}.blocks.{block}.{layer}"
+        for stack in ("encoder", "decoder")
+        for block in range(4)
+        for layer in (*LAYERS, "mlp.wi_0", "mlp.wi_1", "mlp.wo")
+    )
     return {donor_name(name): name for name in names}[donor]
 
 
@@ -49,7 +58,9 @@ def pair_of_models() -> tuple[Captioner, nn.Module]:
     """A captioner and transformers' T5 with the same weights."""
     torch.manual_seed(0)
     theirs = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=True, decoder_start_token_id=0)
+        transformers.T5Config(
+            **SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=True, decoder_start_token_id=0
+        )
     ).eval()
     vision = nn.Identity()
     vision.width = 16
@@ -73,9 +84,10 @@ def logits(model: Captioner, peer: nn.Module) -> tuple[torch.Tensor, torch.Tenso
     generator = torch.Generator().manual_seed(3)
     memory, labels = torch.randn(2, 7, 32, generator=generator), torch.randint(2, 64, (2, 5), generator=generator)
     with torch.no_grad():
-        theirs = peer.eval()(encoder_outputs=transformers.modeling_outputs.BaseModelOutput(last_hidden_state=memory), labels=labels).logits
-        scale = 1.0 if getattr(peer.config, "scale_decoder_outputs", True) else 32**0.5
-        return model.eval().decoder_logits(memory, labels), theirs / scale
+        theirs = peer.eval()(
+            encoder_outputs=transformers.modeling_outputs.BaseModelOutput(last_hidden_state=memory), labels=labels
+        ).logits
+        return model.eval().decoder_logits(memory, labels), theirs
 
 
 def randomise_B(parameters) -> None:
@@ -96,7 +108,14 @@ def saved_by_us(directory, targets=("attn", "ffn"), **settings) -> Captioner:
 
 def saved_by_peft(directory, **settings) -> nn.Module:
     _, theirs = pair_of_models()
-    defaults = dict(r=4, lora_alpha=6, lora_dropout=0.1, use_rslora=True, target_modules=r"decoder\..*\.(q|k|v|o|wi_0|wi_1|wo)", task_type="SEQ_2_SEQ_LM")
+    defaults = dict(
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.1,
+        use_rslora=True,
+        target_modules=r"decoder\..*\.(q|k|v|o|wi_0|wi_1|wo)",
+        task_type="SEQ_2_SEQ_LM",
+    )
     peer = peft.get_peft_model(theirs, peft.LoraConfig(**defaults | settings))
     randomise_B(peer.named_parameters())
     peer.save_pretrained(directory)
@@ -148,7 +167,9 @@ def test_we_load_what_peft_saves(tmp_path, targets, rslora):
     peer = saved_by_peft(tmp_path, target_modules=targets, use_rslora=rslora)
     model, _ = pair_of_models()
     names = lora.load_peft(model, tmp_path, our_name)
-    wrapped = [name for name, module in peer.base_model.model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    wrapped = [
+        name for name, module in peer.base_model.model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)
+    ]
     assert sorted(map(donor_name, names)) == sorted(wrapped)
     assert names == [name for name, _ in model.named_modules() if name in set(names)]
     layer = model.get_submodule(names[0])
@@ -225,7 +246,9 @@ def test_a_layer_left_out_of_a_suffix_target_is_missing(tmp_path):
 def test_weights_outside_the_configs_targets_are_unexpected(tmp_path):
     saved_by_us(tmp_path)
     edit_config(tmp_path, target_modules=["q", "k", "v", "o", "wi_0", "wi_1"])
-    with pytest.raises(ValueError, match=r"missing: none; unexpected: decoder.block.0.layer.2.DenseReluDense.wo, decoder.block.1"):
+    with pytest.raises(
+        ValueError, match=r"missing: none; unexpected: decoder.block.0.layer.2.DenseReluDense.wo, decoder.block.1"
+    ):
         lora.load_peft(pair_of_models()[0], tmp_path, our_name)
 
 

@@ -1,10 +1,11 @@
 """One training step of the LoRA decoder against transformers + peft, fp32 against fp32 on the CPU.
 
-    python scripts/bench/train_step.py [--pairs 10] [--json PATH|-]
+    python scripts/bench/train_step.py [--pairs 7] [--images 32] [--json PATH|-]
 
-Flan-T5-base decoder with random weights, 8 images of 197 frozen tokens, captions of 20 tokens. Both sides: a trained linear bridge, rsLoRA of
-rank 8 with dropout 0.1 on all attention and feed-forward layers of the decoder, T5's own dropout 0.1, cross-entropy, clipping at 1.0,
-fused AdamW, the same weights. Their losses are compared in eval mode and their step is checked to train, before anything is timed.
+Flan-T5-base decoder with random weights, 32 images of 197 frozen tokens, captions of 20 tokens. Both sides: a trained
+linear bridge, rsLoRA of rank 8 with dropout 0.1 on all attention and feed-forward layers of the decoder, T5's own
+dropout 0.1, cross-entropy, clipping at 1.0, fused AdamW, the same weights. Their losses are compared in eval mode and
+their step is checked to train, before anything is timed.
 """
 
 import sys
@@ -20,7 +21,7 @@ from captioner.model import Captioner
 from captioner.t5 import T5, T5Config
 from captioner.weights import hf_module_name, t5_to_hf
 
-IMAGES, IMAGE_TOKENS, TEXT_TOKENS = 8, 197, 20
+IMAGES, IMAGE_TOKENS, TEXT_TOKENS = 32, 197, 20
 RANK, ALPHA, DROPOUT = 8, 8.0, 0.1
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -54,23 +55,33 @@ def build_peer(model: Captioner) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     config = model.text.config
-    peer = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=config.vocab_size, d_model=config.d_model, d_kv=config.d_kv, d_ff=config.d_ff, num_layers=1,
-            num_decoder_layers=config.num_decoder_layers, num_heads=config.num_heads, feed_forward_proj=config.feed_forward_proj,
-            tie_word_embeddings=config.tie_word_embeddings, dropout_rate=config.dropout_rate, decoder_start_token_id=config.decoder_start_token_id,
-        )
-    )  # fmt: skip
+    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_decoder_layers", "num_heads", "feed_forward_proj")
+    sizes += ("tie_word_embeddings", "dropout_rate", "decoder_start_token_id")
+    settings = {name: getattr(config, name) for name in sizes}
+    peer = transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=1, **settings))
     if not config.tie_word_embeddings:
         # transformers 5 ties the head of every T5 that is made from a config; only a checkpoint unties it.
         peer.lm_head.weight = nn.Parameter(torch.empty_like(peer.lm_head.weight))
     adapters = set(lora.adapter_parameters(model.text))
-    base = {name.replace(".base.", "."): tensor for name, tensor in model.text.state_dict().items() if name not in adapters}
+    base = {
+        name.replace(".base.", "."): tensor for name, tensor in model.text.state_dict().items() if name not in adapters
+    }
     missing, unexpected = peer.load_state_dict(t5_to_hf(base, config), strict=False)
     if unexpected or any(not name.startswith(("encoder.", "decoder.embed_tokens.")) for name in missing):
         raise RuntimeError(f"the peer's weights do not fit: missing {missing}, unexpected {unexpected}")
-    names = {hf_module_name(name.rpartition(".")[0]): name for name in lora.adapter_parameters(model) if name.endswith("lora_A")}
-    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, use_rslora=True, target_modules=list(names), task_type="SEQ_2_SEQ_LM")
+    names = {
+        hf_module_name(name.rpartition(".")[0]): name
+        for name in lora.adapter_parameters(model)
+        if name.endswith("lora_A")
+    }
+    settings = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=DROPOUT,
+        use_rslora=True,
+        target_modules=list(names),
+        task_type="SEQ_2_SEQ_LM",
+    )
     peer = get_peft_model(peer, settings)
     parameters = dict(peer.named_parameters())
     with torch.no_grad():
@@ -83,7 +94,9 @@ def build_peer(model: Captioner) -> nn.Module:
     return peer
 
 
-def make_step(compute_loss: Callable[[Tensor, Tensor], Tensor], parameters: list[nn.Parameter], features: Tensor, labels: Tensor) -> Callable[[], float]:
+def make_step(
+    compute_loss: Callable[[Tensor, Tensor], Tensor], parameters: list[nn.Parameter], features: Tensor, labels: Tensor
+) -> Callable[[], float]:
     """A function that does one training step and returns its loss."""
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0, fused=True)
 
@@ -98,7 +111,9 @@ def make_step(compute_loss: Callable[[Tensor, Tensor], Tensor], parameters: list
     return step
 
 
-def run(pairs: int = 10, size: str = "flan-t5-base", clock: Callable[[], float] | None = None) -> list[dict]:
+def run(
+    pairs: int = 7, images: int = IMAGES, size: str = "flan-t5-base", clock: Callable[[], float] | None = None
+) -> list[dict]:
     """The row C2. clock defaults to wall time with several threads and to this process's CPU seconds with one."""
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -108,8 +123,8 @@ def run(pairs: int = 10, size: str = "flan-t5-base", clock: Callable[[], float] 
     peer_trainable = [parameter for parameter in peer.parameters() if parameter.requires_grad]
     if sum(p.numel() for p in peer_trainable) != sum(p.numel() for p in trainable.values()):
         raise RuntimeError("the two sides train different numbers of parameters")
-    features = torch.randn(IMAGES, IMAGE_TOKENS, model.text.config.d_model)
-    labels = torch.randint(2, model.text.config.vocab_size, (IMAGES, TEXT_TOKENS))
+    features = torch.randn(images, IMAGE_TOKENS, model.text.config.d_model)
+    labels = torch.randint(2, model.text.config.vocab_size, (images, TEXT_TOKENS))
 
     def our_loss(features: Tensor, labels: Tensor) -> Tensor:
         total, count = model.loss(model.bridge(features), labels)
@@ -118,12 +133,14 @@ def run(pairs: int = 10, size: str = "flan-t5-base", clock: Callable[[], float] 
     def peer_loss(features: Tensor, labels: Tensor) -> Tensor:
         return peer(encoder_outputs=BaseModelOutput(last_hidden_state=peer.bridge(features)), labels=labels).loss
 
-    model.eval(), peer.eval()
+    model.eval()
+    peer.eval()
     with torch.no_grad():
         ours, theirs = our_loss(features, labels).item(), peer_loss(features, labels).item()
     if abs(ours - theirs) > 1e-4 * abs(theirs):
         raise RuntimeError(f"the two sides do not compute the same: loss {ours} here, {theirs} there")
-    model.train(), peer.train()
+    model.train()
+    peer.train()
     steps = {
         "ours": make_step(our_loss, list(trainable.values()), features, labels),
         "peer": make_step(peer_loss, peer_trainable, features, labels),
@@ -137,7 +154,7 @@ def run(pairs: int = 10, size: str = "flan-t5-base", clock: Callable[[], float] 
     return [
         common.row(
             "C2",
-            f"LoRA training step, {size} decoder, B={IMAGES}, {IMAGE_TOKENS} image tokens, T={TEXT_TOKENS}",
+            f"LoRA training step, {size} decoder, B={images}, {IMAGE_TOKENS} image tokens, T={TEXT_TOKENS}",
             ours=seconds["ours"],
             theirs=seconds["peer"],
             peer="peft",
@@ -152,10 +169,11 @@ def run(pairs: int = 10, size: str = "flan-t5-base", clock: Callable[[], float] 
 
 def main() -> int:
     parser = common.argument_parser(__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="interleaved pairs of steps (default 10)")
+    parser.add_argument("--pairs", type=int, default=7, metavar="N", help="interleaved pairs of steps (default 7)")
+    parser.add_argument("--images", type=int, default=IMAGES, metavar="B", help=f"images a step (default {IMAGES})")
     parser.add_argument("--size", default="flan-t5-base", help="a row of captioner.t5.SIZES (default flan-t5-base)")
     arguments = parser.parse_args()
-    common.report(run(arguments.pairs, arguments.size), arguments.json, PACKAGES)
+    common.report(run(arguments.pairs, arguments.images, arguments.size), arguments.json, PACKAGES)
     return 0
 
 
