@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner import sampling
-from captioner.cache import BeamCache, DecoderCache, lay_side_by_side
+from captioner.cache import BeamCache, DecoderCache, lay_out
 from captioner.sampling import probabilities, processed_logits
 from captioner.t5 import T5
 
@@ -160,22 +160,23 @@ def beam_search(
     return best[:, : max(lengths.tolist(), default=1)]
 
 
-def prepare_for_decoding(model: nn.Module) -> None:
-    """Lay weights that read the same input side by side in memory, which makes decoding on a CPU faster (see `cache.lay_side_by_side`).
+def prepare_for_decoding(model: nn.Module, rows: int | None = None) -> None:
+    """Arrange the decoder's weights in memory for faster decoding on a CPU: optional, changes no value, shape or parameter (see `cache.lay_out`).
 
-    Optional, changes no value, shape or parameter. Do it once, after loading weights, merging LoRA and moving the model.
+    Do it after loading weights, merging LoRA and moving the model. `rows` is what a step will decode at once, images times beams or samples, where
+    that is known; with 1 the weights are stored column by column, which safetensors refuses to save.
     """
-    lay_side_by_side(model.text)
+    lay_out(model.text, rows)
 
 
 @contextmanager
 def _decoding(text: T5) -> Iterator[T5]:
-    """The decoder in eval mode, without autograd; modes are put back afterwards, module by module."""
+    """The decoder in eval mode, without autograd or autocast, which would cast every weight at every step; modes are put back module by module."""
     modules = list(text.modules())
     modes = [module.training for module in modules]
     text.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(text.embedding.weight.device.type, enabled=False):
             yield text
     finally:
         for module, mode in zip(modules, modes):

@@ -170,4 +170,33 @@ class FusedLoRALinear(torch.autograd.Function):
         return dx, dweight, dbias, dA.to(lora_A.dtype) if need_A else None, dB, None, None
 
 
+def lora_projection(
+    x: Tensor, lora_A: Tensor, scaling: float, dropout: float = 0.0, training: bool = False
+) -> Tensor:
+    """scale * (m * x) A^T: x (..., D_in) → (..., R), the part of `lora_linear` before B."""
+    rows = x.reshape(-1, x.shape[-1])
+    mask = None
+    if training and drop_level(dropout) > 0:
+        mask = draw_keep_mask(rows.shape, dropout, x.device)
+        scaling = scaling / keep_probability(dropout)
+    return DroppedProjection.apply(rows, lora_A, scaling, mask).view(*x.shape[:-1], lora_A.shape[0])
+
+
+class DroppedProjection(torch.autograd.Function):
+    """`lora_projection` on rows (M, D_in) with a mask that is drawn already."""
+
+    @staticmethod
+    def forward(ctx, x, lora_A, scale, mask):
+        ctx.save_for_backward(x, lora_A, mask)
+        ctx.scale = scale
+        return project(x, lora_A.to(x.dtype), mask).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dhidden):
+        x, lora_A, mask = ctx.saved_tensors
+        dx, dA = project_backward(dhidden * ctx.scale, x, lora_A.to(x.dtype), mask, *ctx.needs_input_grad[:2])
+        return dx, None if dA is None else dA.to(lora_A.dtype), None, None
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": lora_linear_reference, "fused": lora_linear_fused}

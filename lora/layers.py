@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lora.functional import lora_linear
+from lora.functional import lora_linear, lora_projection
 
 INITS = ("gaussian", "kaiming")
 
@@ -57,6 +57,16 @@ class LoRALinear(nn.Module):
         return lora_linear(
             x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling, self.dropout, self.training
         )
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(W, Z, F) with forward(x) = x W^T + Z F^T (+ bias), Z (..., R), F (out, R), for callers that never form it.
+
+        While merged, Z and F are None.
+        """
+        if self.merged:
+            return self.base.weight, None, None
+        projected = lora_projection(x, self.lora_A, self.scaling, self.dropout, self.training)
+        return self.base.weight, projected, self.lora_B
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Its own parameters by name, without base's."""

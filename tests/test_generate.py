@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
@@ -193,15 +194,13 @@ def test_memory_keys_are_made_once_per_image_and_never_copied():
             state = kind(ours.text, memory, 5, 6)
             kept = [tensor for layer in state.layers for tensor in layer.memory]
             assert all(tensor.shape == (2, 3, TOKENS, 5) for tensor in kept), "images, heads, tokens, head width: no axis of beams"
-            stored = [tensor for layer in state.layers for tensor in (layer.keys, layer.values)]
-            places = [tensor.data_ptr() for tensor in kept + stored]
+            places = [tensor.data_ptr() for tensor in kept] + [layer.tokens.data_ptr() for layer in state.layers]
             for _ in range(3):
                 state.step(torch.full((10,), 4))
                 if kind is BeamCache:
                     state.branch(torch.tensor([[1, 0, 0, 2, 4], [3, 3, 3, 1, 0]]))
-            now = [tensor for layer in state.layers for tensor in layer.memory]
-            now += [tensor for layer in state.layers for tensor in (layer.keys, layer.values)]
-            assert [tensor.data_ptr() for tensor in now] == places
+            now = [tensor.data_ptr() for layer in state.layers for tensor in layer.memory]
+            assert now + [layer.tokens.data_ptr() for layer in state.layers] == places
             assert calls == [memory.shape] * 3
 
 
@@ -215,30 +214,52 @@ def test_products_of_few_rows(rows):
         assert torch.allclose(cache.multiply(x, weight.t().contiguous().t()), x @ weight.t(), atol=1e-5)
 
 
-def test_prepare_for_decoding_changes_no_value():
-    theirs, ours = pair(2, eos_boost=1.0)
+@pytest.mark.parametrize("variant", ["v1.1", "v1.0"])
+def test_prepare_for_decoding_changes_no_value(variant):
+    theirs, ours = pair(2, eos_boost=1.0, variant=variant)
     before = {name: tensor.clone() for name, tensor in ours.text.state_dict().items()}
-    parameters = dict(ours.text.named_parameters())
-    generate.prepare_for_decoding(ours)
-    pointers = [parameter.data_ptr() for parameter in ours.text.parameters()]
-    generate.prepare_for_decoding(ours)
-    assert [parameter.data_ptr() for parameter in ours.text.parameters()] == pointers, "a second time there is nothing to do"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.text.state_dict().items())
-    assert all(parameter is parameters[name] and parameter.is_contiguous() for name, parameter in ours.text.named_parameters())
-    attention = ours.text.decoder.blocks[0].self_attn
-    assert cache.Linears(attention.q_proj, attention.k_proj, attention.v_proj).weight is not None
-    memory = memory_of(2, 3)
-    assert torch.equal(generate.greedy(ours, memory, max_length=9), expected(theirs, memory, num_beams=1, max_length=9))
-    ids = generate.beam_search(ours, memory, num_beams=4, max_length=9)
-    assert torch.equal(ids, expected(theirs, memory, num_beams=4, early_stopping=False, max_length=9))
+    parameters, memory = dict(ours.text.named_parameters()), memory_of(2, 3)
+    greedy = expected(theirs, memory, num_beams=1, max_length=9)
+    beam = expected(theirs, memory, num_beams=4, early_stopping=False, max_length=9)
+    for rows in (None, 1, 1, 30, None):
+        generate.prepare_for_decoding(ours, rows)
+        pointers = [parameter.data_ptr() for parameter in ours.text.parameters()]
+        generate.prepare_for_decoding(ours, rows)
+        assert [parameter.data_ptr() for parameter in ours.text.parameters()] == pointers, "a second time there is nothing to do"
+        assert all(torch.equal(tensor, before[name]) for name, tensor in ours.text.state_dict().items())
+        assert all(parameter is parameters[name] for name, parameter in ours.text.named_parameters())
+        decoder = [*ours.text.decoder.blocks[1].self_attn.parameters(), *ours.text.decoder.blocks[1].mlp.parameters()]
+        assert all(parameter.is_contiguous() == (rows != 1) for parameter in decoder)
+        for block in ours.text.decoder.blocks:
+            assert cache.Linears(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj).weight is not None
+            assert cache.Linears(*(getattr(block.mlp, name) for name in block.mlp.inputs)).weight is not None
+        assert torch.equal(generate.greedy(ours, memory, max_length=9), greedy)
+        assert torch.equal(generate.greedy(ours, memory[:1], max_length=9), expected(theirs, memory[:1], num_beams=1, max_length=9))
+        assert torch.equal(generate.beam_search(ours, memory, num_beams=4, max_length=9), beam)
 
 
-def test_weights_that_only_happen_to_touch_are_not_joined():
-    whole = torch.randn(30, 8)
-    assert torch.equal(cache._joined([whole[:10], whole[10:30]]), whole)
-    assert cache._joined([whole[10:30], whole[:10]]) is None
-    assert cache._joined([whole[:10], whole[11:30]]) is None
-    assert cache._joined([whole[:10], torch.randn(20, 8)]) is None
+def test_a_prepared_model_can_be_saved_and_trained(tmp_path):
+    _, ours = pair(2)
+    generate.prepare_for_decoding(ours)
+    state = ours.text.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
+    q_proj = ours.text.decoder.blocks[0].self_attn.q_proj
+    before = q_proj.weight.detach().clone(), ours.text.decoder.blocks[0].self_attn.k_proj.weight.detach().clone()
+    optimizer = torch.optim.SGD([q_proj.weight], lr=1.0)
+    ours.text.logits(ours.text.decode(torch.tensor([[0, 5]]), memory_of(2, 1))).sum().backward()
+    optimizer.step()
+    assert not torch.equal(q_proj.weight, before[0]) and torch.equal(ours.text.decoder.blocks[0].self_attn.k_proj.weight, before[1])
+
+
+def test_weights_that_do_not_follow_each_other_are_not_joined():
+    whole, columns = torch.randn(30, 8), torch.randn(8, 30).t()
+    for weight in (whole, columns):
+        assert torch.equal(cache._joined([weight[:10], weight[10:30]]), weight)
+        assert torch.equal(cache._joined([weight[:10], weight[10:20]]), weight[:20])
+        assert cache._joined([weight[10:30], weight[:10]]) is None
+        assert cache._joined([weight[:10], weight[11:30]]) is None
+        assert cache._joined([weight[:10], torch.randn(20, 8)]) is None
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])
@@ -269,6 +290,16 @@ def test_the_model_is_left_as_it_was_and_the_ids_are_usable_in_training(decode):
     assert [module.training for module in ours.text.modules()] == modes
     assert ids.dtype == torch.int64
     ours.text.embedding(ids).sum().backward()
+
+
+def test_autocast_does_not_reach_decoding():
+    theirs, ours = pair(0)
+    memory = memory_of(0, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = generate.greedy(ours, memory)
+        rounded = generate.greedy(ours, memory.bfloat16())
+    assert torch.equal(ids, expected(theirs, memory, num_beams=1, max_new_tokens=20))
+    assert torch.equal(rounded, expected(theirs, memory.bfloat16().float(), num_beams=1, max_new_tokens=20))
 
 
 def test_dropout_is_off():

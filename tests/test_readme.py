@@ -19,7 +19,7 @@ def commands(text: str) -> list[list[str]]:
     """The words of every `python train.py …` and `python evaluate.py …`, variables and continuation lines included."""
     joined = re.sub(r"\\\n\s*", " ", text)
     found = re.findall(r"python (?:train|evaluate)\.py[^\n`|#&;]*", joined)
-    return [shlex.split(re.sub(r"\$\{?\w+\}?", "X", line)) for line in found]
+    return [shlex.split(re.sub(r"\$\{?\w+\}?", "X", line.replace("\"$@\"", ""))) for line in found]
 
 
 SHOWN = commands(README) + [words for script in SCRIPTS for words in commands(script.read_text(encoding="utf-8"))]

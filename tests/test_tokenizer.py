@@ -38,11 +38,23 @@ def trained(tmp_path_factory) -> Tokenizer:
     return train_tokenizer(CAPTIONS, tmp_path_factory.mktemp("trained") / "spiece.model", 90)
 
 
-@pytest.fixture(scope="module", params=["trained", "t5"])
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory) -> Tokenizer:
+    """A small vocabulary of T5's own kind, made by sentencepiece; transformers reads no other kind."""
+    path = tmp_path_factory.mktemp("unigram") / "spiece.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CAPTIONS), model_writer=file, vocab_size=90, hard_vocab_limit=False, character_coverage=1.0,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module", params=["unigram", "t5"])
 def pair(request):
-    """(ours, transformers') with a vocabulary of our own and with T5's."""
-    if request.param == "trained":
-        ours = request.getfixturevalue("trained")
+    """(ours, transformers') with a small vocabulary and with T5's."""
+    if request.param == "unigram":
+        ours = request.getfixturevalue("unigram")
     else:
         ours = Tokenizer(request.getfixturevalue("shared_dir") / "t5" / "spiece.model")
     return ours, T5Tokenizer.from_pretrained(ours.path.parent)
