@@ -27,7 +27,7 @@ from captioner.errors import UsageError, UserError
 from captioner.features import FeatureStore
 from captioner.files import write_json
 from captioner.model import Captioner
-from captioner.runtime import choose_device, choose_precision, versions
+from captioner.runtime import cast_frozen, choose_device, choose_precision, versions
 from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.tracking import TRACKERS, open_tracker
 from captioner.trainer import Trainer
@@ -93,7 +93,7 @@ class Settings:
 PRESETS = {
     "demo": dict(
         vision="ViT-Tiny-Scenes", text_config="t5-tiny", vocab_size=300, train_base=("vision", "text"), precision="fp32",
-        epochs=8, eval_images=300, batch_size=32, lr=2e-3, warmup_ratio=0.1, schedule="cosine", weight_decay=0.05,
+        epochs=6, eval_images=300, batch_size=32, lr=2e-3, warmup_ratio=0.1, schedule="cosine", weight_decay=0.05,
     ),
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
@@ -235,8 +235,10 @@ def main(argv: list[str] | None = None) -> int:
         store = FeatureStore(Path(settings.cache_features), vision, torch.bfloat16 if precision == "bf16" else torch.float32)
         store.prepare(train_rows + val_rows, ledger, device, settings.workers, progress=progress)
     model.to(device)
-    if precision == "bf16":
-        model.cast_frozen(torch.bfloat16)
+    for part in ("vision", "text") if precision == "bf16" else ():
+        # Weights that travel with the run are saved from here, so they are never rounded.
+        if not facts[part]["embedded"]:
+            cast_frozen(model.get_submodule(part), torch.bfloat16)
 
     tracker = open_tracker(settings.report_to, run, dataclasses.asdict(settings))
     trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker)

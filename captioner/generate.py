@@ -171,12 +171,18 @@ def prepare_for_decoding(model: nn.Module, rows: int | None = None) -> None:
 
 @contextmanager
 def _decoding(text: T5) -> Iterator[T5]:
-    """The decoder in eval mode, without autograd or autocast, which would cast every weight at every step; modes are put back module by module."""
+    """The decoder in eval mode, without autograd; modes are put back module by module.
+
+    Autocast stays on only where frozen weights are kept in its dtype beside fp32 ones; over fp32 weights it would cast all of them at every step.
+    """
+    weight = text.embedding.weight
+    mixed = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float32
+    autocast = torch.autocast(weight.device.type, torch.get_autocast_dtype(weight.device.type), enabled=mixed)
     modules = list(text.modules())
     modes = [module.training for module in modules]
     text.eval()
     try:
-        with torch.inference_mode(), torch.autocast(text.embedding.weight.device.type, enabled=False):
+        with torch.inference_mode(), autocast:
             yield text
     finally:
         for module, mode in zip(modules, modes):

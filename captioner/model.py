@@ -3,7 +3,6 @@
 Legend: B images, G captions per image, N image tokens, T text tokens, D decoder width, V vocabulary.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,9 +39,3 @@ class Captioner(nn.Module):
         kept = labels != -100
         logits = self.text.logits(self.decoder_hidden(memory, labels)[kept])
         return F.cross_entropy(logits.float(), labels[kept], reduction="sum", label_smoothing=label_smoothing), int(kept.sum())
-
-    def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Keep the frozen matrices in dtype, so that mixed precision does not convert them at every step; trained ones and norms stay as they are."""
-        for parameter in self.parameters():
-            if not parameter.requires_grad and parameter.ndim >= 2:
-                parameter.data = parameter.data.to(dtype)

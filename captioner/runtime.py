@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioner.errors import UserError
 from captioner.model import Captioner
@@ -49,6 +49,13 @@ def encode_images(model: Captioner, batch: dict, device: torch.device, trains_vi
     with torch.set_grad_enabled(trains_vision and torch.is_grad_enabled()):
         tokens = model.vision(batch["pixel_values"].to(device))
     return model.bridge(tokens)
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep a module's frozen matrices in dtype, so that autocast does not convert them at every step; trained ones and norms stay as they are."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.ndim >= 2:
+            parameter.data = parameter.data.to(dtype)
 
 
 def versions() -> dict[str, str]:

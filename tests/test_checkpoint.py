@@ -77,6 +77,16 @@ def test_a_frozen_decoder_is_named_not_copied(frozen_run, t5_directory):
     assert not lora.adapter_parameters(merged)
 
 
+def test_a_frozen_decoder_in_bf16(frozen_run, tiny_data, t5_directory, tmp_path):
+    flags = ["--data", str(tiny_data), "--vision", "ViT-Tiny-Scenes", "--image-size", "16", "--text", str(t5_directory), "--train-base", "none",
+             "--batch-size", "4", "--max-steps", "3", "--precision", "bf16", "--device", "cpu", "--output", str(tmp_path / "bf16"), "--lr", "0.01"]  # fmt: skip
+    assert train.main(flags) == 0
+    rounded, _, _ = captioner.load(tmp_path / "bf16")
+    exact, _, _ = captioner.load(frozen_run)
+    assert torch.equal(rounded.text.lm_head.weight, exact.text.lm_head.weight), "read again from where it lives"
+    assert torch.allclose(rounded.bridge.weight, exact.bridge.weight, atol=0.05)
+
+
 def test_the_adapter_opens_in_peft(frozen_run, t5_directory):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

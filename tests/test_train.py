@@ -136,6 +136,19 @@ def test_frozen_parts_stay_and_only_the_listed_parameters_move(tiny_flags, tmp_p
     assert adapters and all(tensor.abs().max() > 0 for tensor in adapters)
 
 
+@pytest.mark.parametrize("targets", ["attn,ffn", "none"])
+def test_mixed_precision_over_frozen_weights(tiny_flags, tmp_path, targets):
+    assert run([*tiny_flags, "--output", str(tmp_path / "base")]) == 0
+    flags = ["--base", str(tmp_path / "base"), "--data", str(tmp_path / "data"), "--precision", "bf16", "--batch-size", "4", "--max-steps", "3", "--device", "cpu"]
+    assert run([*flags, "--lora-targets", targets, "--output", str(tmp_path / "adapted")]) == 0
+    base, adapted = weights_of(tmp_path / "base"), weights_of(tmp_path / "adapted")
+    assert all(tensor.dtype == torch.float32 for tensor in adapted.values())
+    losses = [line["loss"] for line in metrics_lines(tmp_path / "adapted") if line["split"] == "val"]
+    assert len(losses) >= 2 and all(math.isfinite(loss) for loss in losses)
+    assert not torch.equal(base["bridge.weight"], adapted["bridge.weight"])
+    assert torch.equal(base["text.embedding.weight"], adapted["text.embedding.weight"]), "frozen weights are not rounded"
+
+
 def test_cached_features_give_the_same_training(tiny_flags, tmp_path):
     flags = [*tiny_flags, "--train-base", "text"]
     assert run([*flags, "--output", str(tmp_path / "live")]) == 0
