@@ -87,7 +87,6 @@ def decode_split(settings: Settings):
     import torch
 
     from captioner import checkpoint, generate
-    from captioner.backbones import Backbone
     from captioner.features import FeatureStore
     from captioner.runtime import choose_device, choose_precision, encode_images
     from data.dataset import BadImageLedger, CaptionDataset, make_loader
@@ -103,9 +102,7 @@ def decode_split(settings: Settings):
     ledger = BadImageLedger(settings.on_bad)
     store = None
     if settings.cache_features:
-        facts = config["model"]["vision"]
-        vision = Backbone(model.vision, transform, facts["name"], facts["weights"], facts["hash"])
-        store = FeatureStore(Path(settings.cache_features), vision, torch.bfloat16 if precision == "bf16" else torch.float32)
+        store = FeatureStore(Path(settings.cache_features), checkpoint.vision_backbone(model, transform, config["model"]), precision)
         store.prepare(data_rows, ledger, device, settings.workers, progress=progress)
     dataset = CaptionDataset(data_rows, transform, store)
     loader = make_loader(dataset, None, settings.batch_size, range(len(data_rows)), settings.workers, "all", ledger=ledger)
@@ -161,9 +158,7 @@ def check(settings: Settings) -> None:
         raise UsageError("--hypotheses scores finished captions: give no run with it")
     if settings.max_length is not None and settings.max_new_tokens is not None:
         raise UsageError("--max-length and --max-new-tokens exclude each other")
-    for name in ("limit", "batch_size", "num_beams", "max_new_tokens"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    cli.require_positive(settings, "limit", "batch_size", "num_beams", "max_new_tokens")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -112,12 +112,9 @@ def get_lr(step: int, total: int, settings: Settings) -> float:
 
 def check(settings: Settings) -> None:
     """Refuse settings that contradict each other; raises UsageError."""
-    for name in ("epochs", "batch_size", "grad_accumulation", "eval_images", "log_every", "max_caption_tokens", "vocab_size"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("limit", "max_steps", "eval_every"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    cli.require_positive(
+        settings, "epochs", "batch_size", "grad_accumulation", "eval_images", "log_every", "max_caption_tokens", "vocab_size", "limit", "max_steps", "eval_every"
+    )
     if settings.cache_features and ("vision" in settings.train_base or (settings.lora_targets and "vision" in settings.lora_where)):
         raise UsageError("--cache-features needs a frozen image encoder: drop vision from --train-base and --lora-where")
     if not 0 <= settings.warmup_ratio <= 1:
@@ -173,7 +170,7 @@ def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Caption
     if settings.base:
         facts = checkpoint.read_config(settings.base)["model"]
         model, tokenizer, transform = checkpoint.load(settings.base, merge=True)
-        vision = Backbone(model.vision, transform, facts["vision"]["name"], facts["vision"]["weights"], facts["vision"]["hash"])
+        vision = checkpoint.vision_backbone(model, transform, facts)
         # Weights that the base run's adapters were merged into exist nowhere else.
         facts["vision"]["embedded"] |= "vision" in trained | set(facts["adapted"])
         facts["text"]["embedded"] |= bool({"text", "encoder", "decoder"} & (trained | set(facts["adapted"])))
@@ -217,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.resume:
         facts = checkpoint.read_config(run)["model"]
         model, tokenizer, transform = checkpoint.load(run, checkpoint="last")
-        vision = Backbone(model.vision, transform, facts["vision"]["name"], facts["vision"]["weights"], facts["vision"]["hash"])
+        vision = checkpoint.vision_backbone(model, transform, facts)
     else:
         model, tokenizer, vision, facts = build(settings, train_rows, run)
         if settings.lora_targets:
@@ -232,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
 
     store = None
     if settings.cache_features:
-        store = FeatureStore(Path(settings.cache_features), vision, torch.bfloat16 if precision == "bf16" else torch.float32)
+        store = FeatureStore(Path(settings.cache_features), vision, precision)
         store.prepare(train_rows + val_rows, ledger, device, settings.workers, progress=progress)
     model.to(device)
     for part in ("vision", "text") if precision == "bf16" else ():
@@ -276,9 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         window_start, window_images, window_loss = time.perf_counter(), 0, []
         if trainer.state.step == 0:
             scores = trainer.evaluate_and_save(val_batches())
-        for batches in train_batches():
-            if trainer.state.step >= total or stop.number is not None:
-                break
+        for batches in train_batches() if trainer.state.step < total else ():
             lr = get_lr(trainer.state.step, total, settings)
             loss, norm = trainer.train_step(batches, lr)
             window_images, window_loss = window_images + sum(len(batch["ids"]) for batch in batches), [*window_loss, loss]
@@ -296,6 +291,8 @@ def main(argv: list[str] | None = None) -> int:
             if step % eval_every == 0 or last:
                 scores = trainer.evaluate_and_save(val_batches())
                 window_start = time.perf_counter()
+            if last or stop.number is not None:
+                break
         if stop.number is not None:
             trainer.save(is_best=False)
             say(f"stopped after step {trainer.state.step}; go on with: python train.py --resume {run}")

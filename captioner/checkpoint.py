@@ -12,7 +12,6 @@ The files at the top are those of checkpoints/best. No pickle is written or read
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -84,6 +83,11 @@ def describe(backbone: Backbone | TextBackbone, embedded: bool) -> dict:
     if isinstance(backbone, Backbone):
         return facts | {"image_size": backbone.transform.image_size, "transform": backbone.transform.to_dict()}
     return facts
+
+
+def vision_backbone(model: Captioner, transform: ImageTransform, facts: dict) -> Backbone:
+    """The image encoder of a loaded run with where it came from; facts as in config.json under "model"."""
+    return Backbone(model.vision, transform, *(facts["vision"][key] for key in ("name", "weights", "hash")))
 
 
 def rebuild(facts: dict, directory: Path) -> tuple[Backbone, TextBackbone]:
@@ -204,4 +208,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, Tenso
 
 def write_config(run: Path, settings: dict, facts: dict, versions: dict) -> None:
     """config.json of a run."""
-    write_json(run / "config.json", {"format": FORMAT, "settings": json.loads(json.dumps(settings)), "model": facts, "versions": versions})
+    write_json(run / "config.json", {"format": FORMAT, "settings": settings, "model": facts, "versions": versions})

@@ -93,6 +93,13 @@ def repeated(help: str):
     return dataclasses.field(default=(), metadata={"help": help, "choices": None, "repeat": True})
 
 
+def require_positive(settings, *names: str) -> None:
+    """Raise UsageError that names the flag where a setting that is given is below 1."""
+    for name in names:
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+
+
 def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None = None, expected: tuple[type[Exception], ...] = ()) -> typing.NoReturn:
     """Run main and exit with its code; UserError, the expected exceptions and disk errors become one line on stderr and exit code 1 or 2."""
     try:

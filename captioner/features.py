@@ -24,12 +24,16 @@ from data.images import BadImage
 from data.rows import Row
 
 
+# What is kept is what the encoder's consumer computes in.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 class FeatureStore:
     """Tokens (N, D) of the rows given to `prepare`; a `data.dataset.FeatureStore`."""
 
-    def __init__(self, directory: Path, backbone: Backbone, dtype: torch.dtype = torch.float32):
-        self.backbone, self.dtype = backbone, dtype
-        facts = {"encoder": fingerprint(backbone.module), "transform": backbone.transform.to_dict(), "dtype": str(dtype)}
+    def __init__(self, directory: Path, backbone: Backbone, precision: str = "fp32"):
+        self.backbone, self.dtype = backbone, DTYPES[precision]
+        facts = {"encoder": fingerprint(backbone.module), "transform": backbone.transform.to_dict(), "dtype": str(self.dtype)}
         self.directory = Path(directory) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.index_path = self.directory / "index.json"
         self.index = read_json(self.index_path)["images"] if self.index_path.is_file() else {}

@@ -170,7 +170,6 @@ class Attention(nn.Module):
         """x (B*G, T, D) attends to keys and values (B, H, N, K) with an additive bias that broadcasts to (B, H, G*T, N) → (B*G, T, D)."""
         return self.o_proj(self.attend(self.q_proj(x), keys, values, bias))
 
-
     def attend_memory(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
         """x (B*G, T, D) attends to memory (B, N, D) with a bias (B, 1, 1, N) → (B*G, T, D).
 

@@ -159,7 +159,7 @@ def test_bad_images_exit_3_and_are_listed(trained, tiny_data, tmp_path, capsys):
     assert run([trained, "--decode", "greedy", "--on-bad", "fail"]) == 1
 
 
-def test_a_moved_or_changed_part_is_an_error_that_names_it(trained, capsys):
+def test_a_run_of_another_format_is_refused(trained, capsys):
     config = json.loads((trained / "config.json").read_text())
     config["format"] = 99
     (trained / "config.json").write_text(json.dumps(config))

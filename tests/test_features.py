@@ -46,7 +46,7 @@ def test_stored_tokens_are_the_encoders(backbone, rows, tmp_path):
     store = prepared(tmp_path / "cache", backbone, rows)
     for row in rows:
         assert torch.allclose(store.get(row), live(backbone, row), atol=1e-5)
-    half = prepared(tmp_path / "cache", backbone, rows, dtype=torch.bfloat16)
+    half = prepared(tmp_path / "cache", backbone, rows, precision="bf16")
     assert half.get(rows[0]).dtype == torch.bfloat16
     assert torch.equal(half.get(rows[0]), store.get(rows[0]).bfloat16())
 

@@ -48,5 +48,5 @@ def test_scripts_are_valid_bash(script):
 def test_every_path_that_the_readme_names_exists():
     for path in re.findall(r"`((?:captioner|lora|data|scripts|tests)/[\w./-]*)`", README):
         assert (REPOSITORY / path).exists(), path
-    for script in re.findall(r"bash (scripts/\S+)", README):
+    for script in re.findall(r"bash (scripts/[\w./-]+)", README):
         assert (REPOSITORY / script).is_file(), script
