@@ -1,6 +1,5 @@
 """Backbones by name: a flag's value becomes a module, with what prepares its input and a fingerprint of its weights."""
 
-import difflib
 import json
 import os
 from dataclasses import dataclass, replace
@@ -30,8 +29,8 @@ class Backbone:
 def build_vision(spec: str, image_size: int | None = None) -> Backbone:
     """The image tower of `NAME[:WEIGHTS]`, on the CPU, in float32, in eval mode.
 
-    NAME: an open_clip ViT (`ViT-B-16`), a row of `captioner.vit.SIZES`, or `timm/ARCHITECTURE`. WEIGHTS: a tag of
-    open_clip or timm, or a local safetensors file or directory; without it the tower is random.
+    NAME: an open_clip ViT (`ViT-B-16`), a row of `captioner.demo.CLIPS`, or `timm/ARCHITECTURE`. WEIGHTS: a tag of
+    open_clip, timm or the embedded demo, or a local safetensors file or directory; without it the tower is random.
     image_size: pixels, instead of the architecture's own; position tables are resized.
     Raises UserError for unknown names (with the closest ones) and tags, files that do not fit, weights of another GELU.
     """
@@ -56,21 +55,14 @@ def _build_timm(name: str, weights: str | None, image_size: int | None) -> Backb
 def _build_vit(name: str, weights: str | None, image_size: int | None) -> Backbone:
     import torch
 
-    from captioner.vit import SIZES, VisionConfig, VisionTransformer, open_clip_names, resize_positions
+    from captioner.vit import VisionConfig, VisionTransformer, resize_positions
     from captioner.weights import OPEN_CLIP_VIT, fingerprint, load_into
     from data.transforms import ImageTransform
 
-    known = [*SIZES, *open_clip_names()]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
-        raise UserError(
-            f"unknown image tower {name!r}" + (f"; closest: {', '.join(close)}" if close else "") + "; all of them: "
-            f'{", ".join(SIZES)}, timm/ARCHITECTURE, and python -c "import open_clip; print(*open_clip.list_models())"'
-        )
     config = VisionConfig.from_name(name, image_size)
     if weights is None:
         return Backbone(VisionTransformer(config).eval(), ImageTransform(config.image_size), name, None, None)
-    state, preprocess, source = _open_clip_weights(name, weights, known)
+    state, preprocess, source = clip_weights(name, weights)
     table = state.get("visual.positional_embedding")
     if table is not None and table.ndim == 2:
         state["visual.positional_embedding"] = resize_positions(table, config.grid_size)
@@ -80,20 +72,28 @@ def _build_vit(name: str, weights: str | None, image_size: int | None) -> Backbo
     return Backbone(module, ImageTransform(config.image_size, **preprocess), name, weights, fingerprint(module))
 
 
-def _open_clip_weights(name: str, weights: str, known: list[str]) -> tuple[dict, dict, str]:
-    """State dict, image settings and a name for messages, of a local file or directory or of an open_clip tag."""
+def clip_weights(name: str, weights: str) -> tuple[dict, dict, str]:
+    """The weights of a whole CLIP: state dict, arguments of `ImageTransform` that come with them, and a name for messages.
+
+    weights: a tag of open_clip, a tag of an embedded architecture, or a local safetensors file or directory.
+    Raises UserError for unknown tags (naming the known ones), missing files, pickles, and weights of another GELU than the architecture's.
+    """
+    from captioner.demo import CLIP_WEIGHTS
     from captioner.timm_vision import open_clip_preprocess
-    from captioner.vit import VisionConfig
+    from captioner.vit import clip_config
     from captioner.weights import PICKLE_SUFFIXES, fetch, read_state_dict
 
-    tower_is_quick = VisionConfig.from_name(name).activation == "quick_gelu"
+    tower_is_quick = bool(clip_config(name).get("quick_gelu"))
+    if weights in CLIP_WEIGHTS.get(name, {}):
+        path = CLIP_WEIGHTS[name][weights]
+        return read_state_dict(path), {}, str(path)
     path = Path(weights)
     # A bare word is a tag first, so that a folder that happens to be called "openai" does not shadow it.
     is_path = path.is_file() or os.sep in weights or path.suffix in (".safetensors", *PICKLE_SUFFIXES)
     tag = None if is_path else _open_clip_tag(name, weights)
     preprocess: dict = {}
     if tag:
-        _check_activation(name, tower_is_quick, bool(tag.get("quick_gelu")), f"{name}:{weights}", known)
+        _check_activation(name, tower_is_quick, bool(tag.get("quick_gelu")), f"{name}:{weights}")
         preprocess = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode")}
         repo, _, filename = tag["hf_hub"].rpartition("/")
         path = fetch(repo, str(Path(filename or "open_clip_model").with_suffix(".safetensors")))
@@ -104,7 +104,7 @@ def _open_clip_weights(name: str, weights: str, known: list[str]) -> tuple[dict,
     if not tag and config_file.is_file():
         preprocess = open_clip_preprocess(config_file)
         model = json.loads(config_file.read_text(encoding="utf-8")).get("model_cfg", {})
-        _check_activation(name, tower_is_quick, bool(model.get("quick_gelu")), str(config_file), known)
+        _check_activation(name, tower_is_quick, bool(model.get("quick_gelu")), str(config_file))
     if state and all(key.startswith("module.") for key in state):
         # Checkpoints of open_clip's distributed training.
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
@@ -120,19 +120,23 @@ def _open_clip_tag(name: str, tag: str) -> dict:
 def _unknown_tag(name: str, tag: str) -> UserError:
     from open_clip.pretrained import list_pretrained_models_by_tag, list_pretrained_tags_by_model
 
-    others = list_pretrained_models_by_tag(tag)
-    known = ", ".join(list_pretrained_tags_by_model(name)) or "none"
+    from captioner.demo import CLIP_WEIGHTS
+
+    others = list_pretrained_models_by_tag(tag) if name not in CLIP_WEIGHTS else []
+    known = ", ".join([*CLIP_WEIGHTS.get(name, ()), *list_pretrained_tags_by_model(name)]) or "none"
     return UserError(
         f"{tag!r} is neither a file nor a tag of {name}; its tags: {known}"
         + (f"; architectures with that tag: {', '.join(others)}" if others else "")
     )
 
 
-def _check_activation(name: str, tower_is_quick: bool, weights_are_quick: bool, source: str, known: list[str]) -> None:
+def _check_activation(name: str, tower_is_quick: bool, weights_are_quick: bool, source: str) -> None:
     """Weights of the other GELU load without a shape error and give wrong tokens."""
+    from captioner.vit import clip_names
+
     if weights_are_quick and not tower_is_quick:
         right = f"{name}-quickgelu"
-        hint = f"use {right}" if right in known else f"there is no {right} to load them into"
+        hint = f"use {right}" if right in clip_names() else f"there is no {right} to load them into"
         raise UserError(f"{source}: these weights were trained with QuickGELU, and {name} has GELU: {hint}")
     right = name.removesuffix("-quickgelu")
     # An architecture that is QuickGELU without the suffix (roberta-ViT-B-32) has no twin; its tags leave the mark out.
@@ -155,7 +159,7 @@ def build_text(spec: str | None, config: str | None = None, tokenizer_path: str 
     """A T5 from `spec` (trained weights) or from `config` (random ones), on the CPU, in float32, in eval mode.
 
     spec: a directory with config.json, spiece.model and model.safetensors (or an index and its shards), or the name of
-    a Hugging Face repository that has them. config: a row of `captioner.t5.SIZES`, or the path of a config.json.
+    a Hugging Face repository or embedded T5 (`captioner.demo.TEXTS`) that has them. config: a row of `captioner.t5.SIZES`, or the path of a config.json.
     tokenizer_path: another sentencepiece file than the directory's; with `config`, the embedding gets as many rows as
     it has ids.
     Raises UserError for anything missing or that does not fit, and for a vocabulary larger than the embedding.
@@ -202,10 +206,11 @@ def _trained_text(spec: str, tokenizer_path: str | Path | None) -> TextBackbone:
 
 def _text_files(spec: str, with_vocabulary: bool) -> tuple[Path, Path | None, Path]:
     """config.json, spiece.model, and what `read_state_dict` takes, of a local directory or a repository."""
+    from captioner.demo import TEXTS
     from captioner.tokenizer import FILE_NAME
     from captioner.weights import fetch, fetch_weights
 
-    directory = Path(spec)
+    directory = TEXTS.get(spec, Path(spec))
     if directory.is_dir():
         config, vocabulary = directory / "config.json", directory / FILE_NAME
         for file in (config, vocabulary) if with_vocabulary else (config,):

@@ -11,9 +11,11 @@ embedding, one class token in front, and QuickGELU in OpenAI's weights and those
 activation loads without a shape error and gives other tokens, so it is part of a name (`ViT-B-16-quickgelu`).
 """
 
+import copy
+import difflib
 import importlib.util
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captioner.demo import CLIPS
 from captioner.errors import UserError
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -87,21 +90,11 @@ class VisionConfig:
 
     @classmethod
     def from_name(cls, name: str, image_size: int | None = None) -> "VisionConfig":
-        """Config of a row of `SIZES` or of an open_clip architecture, at its own image size unless one is given."""
-        if name not in SIZES:
-            return cls.from_open_clip(name, image_size)
-        config = cls(**SIZES[name])
-        return config if image_size is None else replace(config, image_size=image_size)
-
-    @classmethod
-    def from_open_clip(cls, name: str, image_size: int | None = None) -> "VisionConfig":
-        """Config of an open_clip architecture, from the JSON file of the installed package (which is not imported).
+        """Config of an open_clip or embedded architecture, at its own image size unless one is given.
 
         Raises UserError for an unknown name, and for a tower that is no ViT of open_clip's own, saying what to use.
         """
-        if name not in open_clip_names():
-            raise UserError(f"{name!r} is not an open_clip architecture")
-        settings = json.loads((_open_clip_folder() / f"{name}.json").read_text(encoding="utf-8"))
+        settings = clip_config(name)
         vision = dict(settings["vision_cfg"])
         if vision.get("timm_model_name"):
             trunk = vision["timm_model_name"]
@@ -134,10 +127,26 @@ class VisionConfig:
         return config
 
 
-# One row is one backbone of our own, beside open_clip's; each is trained from scratch (`--train-base vision`).
-SIZES = {
-    "ViT-Tiny-Scenes": dict(image_size=64, patch_size=8, width=128, layers=4, heads=2, positions="sin_cos_2d"),
-}
+def clip_config(name: str) -> dict:
+    """The whole config of an architecture as open_clip writes it: `embed_dim`, `vision_cfg`, `text_cfg`, and `quick_gelu` where it is.
+
+    From `captioner.demo.CLIPS`, or from the files of the installed open_clip (which is not imported). Raises UserError for an unknown name, with the
+    closest ones.
+    """
+    if name in CLIPS:
+        return copy.deepcopy(CLIPS[name])
+    if name not in open_clip_names():
+        close = difflib.get_close_matches(name, clip_names(), n=5, cutoff=0.4)
+        raise UserError(
+            f"unknown image tower {name!r}" + (f"; closest: {', '.join(close)}" if close else "") + "; all of them: "
+            f'{", ".join(CLIPS)}, timm/ARCHITECTURE, and python -c "import open_clip; print(*open_clip.list_models())"'
+        )
+    return json.loads((_open_clip_folder() / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def clip_names() -> tuple[str, ...]:
+    """Every architecture with a config: embedded ones, then open_clip's of any kind of image tower."""
+    return (*CLIPS, *open_clip_names())
 
 
 @lru_cache(maxsize=1)
@@ -259,8 +268,11 @@ class VisionTransformer(nn.Module):
         self.num_tokens = config.num_tokens
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
-        learned = config.positions == "learned"
-        self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.width), requires_grad=learned)
+        positions = torch.empty(config.num_tokens, config.width)
+        if config.positions == "learned":
+            self.position_embedding = nn.Parameter(positions)
+        else:
+            self.register_buffer("position_embedding", positions)
         self.norm_pre = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         init_weights(self)

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from captioner.backbones import build_vision
+from captioner.demo import CLIPS
 from captioner.errors import UserError
 from captioner.vit import (
-    SIZES,
     VisionConfig,
     VisionTransformer,
     open_clip_names,
@@ -91,7 +91,7 @@ def test_tokens_equal_open_clip_from_a_file(tmp_path, architecture):
 def test_tokens_equal_open_clip_vit_l_14():
     donor = randomise(_build_vision_tower(768, open_clip.get_model_config("ViT-L-14")["vision_cfg"]))
     with torch.device("meta"):
-        ours = VisionTransformer(VisionConfig.from_open_clip("ViT-L-14"))
+        ours = VisionTransformer(VisionConfig.from_name("ViT-L-14"))
     load_into(ours, checkpoint(donor), OPEN_CLIP_VIT, "ViT-L-14")
     assert_same_tokens(ours, donor, 224, batch=1)
 
@@ -109,7 +109,7 @@ def test_tokens_equal_open_clip_from_a_tag(hub):  # noqa: F811
 def test_preprocessing_is_the_tags(hub, monkeypatch):  # noqa: F811
     tags = {"datacomp1b": open_clip.get_pretrained_cfg("ViT-L-14-CLIPA", "datacomp1b")}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
-    monkeypatch.setitem(SIZES, "small", dict(image_size=32, patch_size=8, width=64, layers=2, heads=4))
+    monkeypatch.setitem(CLIPS, "small", {"vision_cfg": SMALL})
     state = checkpoint(donor_tower(SMALL))
     put(hub, "UCSC-VLAA/ViT-L-14-CLIPA-datacomp1B", "open_clip_model.safetensors", lambda path: save_file(state, path))
     transform = build_vision("small:DataComp1B").transform
@@ -136,7 +136,7 @@ def test_every_setting_of_an_architecture(tmp_path, monkeypatch, changes, quick_
     (tmp_path / "small.json").write_text(json.dumps({"vision_cfg": settings, "quick_gelu": quick_gelu}))
     monkeypatch.setattr("captioner.vit._open_clip_folder", lambda: tmp_path)
     monkeypatch.setattr("captioner.vit.open_clip_names", lambda: ("small",))
-    ours = VisionTransformer(VisionConfig.from_open_clip("small")).eval()
+    ours = VisionTransformer(VisionConfig.from_name("small")).eval()
     load_into(ours, checkpoint(donor), OPEN_CLIP_VIT, "small")
     assert_same_tokens(ours, donor, 32)
 
@@ -159,7 +159,7 @@ def test_settings_that_the_tower_lacks_are_errors(tmp_path, monkeypatch, vision,
     monkeypatch.setattr("captioner.vit._open_clip_folder", lambda: tmp_path)
     monkeypatch.setattr("captioner.vit.open_clip_names", lambda: ("small",))
     with pytest.raises(UserError, match=words):
-        VisionConfig.from_open_clip("small")
+        VisionConfig.from_name("small")
 
 
 def test_every_open_clip_architecture_is_built_or_refused_by_name():
@@ -168,10 +168,10 @@ def test_every_open_clip_architecture_is_built_or_refused_by_name():
         vision = open_clip.get_model_config(name)["vision_cfg"]
         if "timm_model_name" in vision or not isinstance(vision["layers"], int):
             with pytest.raises(UserError, match=f"{name} is .*use timm/"):
-                VisionConfig.from_open_clip(name)
+                VisionConfig.from_name(name)
             continue
         built += 1
-        config = VisionConfig.from_open_clip(name)
+        config = VisionConfig.from_name(name)
         assert config.layers == vision["layers"]
         if config in seen:
             continue
@@ -209,7 +209,7 @@ def test_whole_checkpoints_of_each_kind_load(name, kind):
         settings = open_clip.get_model_config(name)
         settings.pop("custom_text", None)
         donor = kind(**settings)
-        load_into(VisionTransformer(VisionConfig.from_open_clip(name)), donor.state_dict(), OPEN_CLIP_VIT, name)
+        load_into(VisionTransformer(VisionConfig.from_name(name)), donor.state_dict(), OPEN_CLIP_VIT, name)
 
 
 def test_unknown_missing_and_misshapen_keys_are_errors(tmp_path):
@@ -242,7 +242,7 @@ def test_another_input_size_resizes_positions_as_open_clip(tmp_path, monkeypatch
     prefix = "visual."
     donor.load_state_dict({key.removeprefix(prefix): resized[key] for key in resized if key.startswith(prefix)})
     save_file(state, tmp_path / "small.safetensors")
-    monkeypatch.setitem(SIZES, "small", dict(image_size=32, patch_size=8, width=64, layers=2, heads=4))
+    monkeypatch.setitem(CLIPS, "small", {"vision_cfg": SMALL})
     backbone = build_vision(f"small:{tmp_path / 'small.safetensors'}", image_size=size)
     assert torch.equal(backbone.module.position_embedding, donor.positional_embedding)
     assert backbone.transform.image_size == backbone.module.image_size == size
@@ -274,8 +274,9 @@ def test_own_sizes_and_initialisation():
     tokens.sum().backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     # A constant added to every key changes no attention weight, and fixed positions are not trained.
-    idle = {name for name in gradients if name.endswith("k_proj.bias")} | {"position_embedding"}
-    assert all(gradients[name].any() for name in gradients.keys() - idle) and gradients["position_embedding"] is None
+    idle = {name for name in gradients if name.endswith("k_proj.bias")}
+    assert all(gradients[name].any() for name in gradients.keys() - idle)
+    assert "position_embedding" in dict(module.named_buffers())
     learned = VisionTransformer(VisionConfig(64, 8, 192, 4, 3))
     assert abs(learned.blocks[0].attn.q_proj.weight.std() / 192**-0.5 - 1) < 0.05
     assert abs(learned.blocks[0].mlp.fc2.weight.std() / (192 * 8) ** -0.5 - 1) < 0.05
@@ -308,7 +309,7 @@ def test_config_is_checked():
         ("ViT-H-14:dfn5b", "use ViT-H-14-quickgelu"),
         ("ViT-B-16-quickgelu:laion2b_s34b_b88k", "nor a tag of ViT-B-16-quickgelu; its tags: openai.*: ViT-B-16"),
         ("ViT-B-32:nothing_like_it", "its tags: openai, "),
-        ("ViT-Tiny-Scenes:openai", "its tags: none"),
+        ("ViT-Tiny-Scenes:openai", "its tags: demo, scorer$"),
         ("ViT-B-32:missing/clip.safetensors", "no weights at missing/clip.safetensors"),
         ("ViT-B-32-quickgelu:openai", "open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai .*OFFLINE"),
         ("roberta-ViT-B-32:laion2b_s12b_b32k", "CLIP-ViT-B-32-roberta-base-laion2B-s12B-b32k .*HF_HUB_OFFLINE"),
@@ -321,7 +322,7 @@ def test_specs_that_fail(hub, spec, words):  # noqa: F811
 
 
 def test_config_beside_a_file_settles_activation_and_preprocessing(tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "small", dict(image_size=32, patch_size=8, width=64, layers=2, heads=4))
+    monkeypatch.setitem(CLIPS, "small", {"vision_cfg": SMALL})
     state = {f"module.{key}": value for key, value in checkpoint(donor_tower(SMALL)).items()}
     save_file(state, tmp_path / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "resize_mode": "squash", "size": 32}
@@ -337,7 +338,7 @@ def test_config_beside_a_file_settles_activation_and_preprocessing(tmp_path, mon
 
 def test_the_tower_needs_neither_open_clip_nor_timm():
     program = (
-        "import sys; from captioner.vit import VisionConfig; VisionConfig.from_open_clip('ViT-B-32'); "
+        "import sys; from captioner.vit import VisionConfig; VisionConfig.from_name('ViT-B-32'); "
         "print(sorted({'open_clip', 'timm', 'data', 'lora', 'torchvision'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
