@@ -138,7 +138,7 @@ def clip_config(name: str) -> dict:
     if name not in open_clip_names():
         close = difflib.get_close_matches(name, clip_names(), n=5, cutoff=0.4)
         raise UserError(
-            f"unknown image tower {name!r}" + (f"; closest: {', '.join(close)}" if close else "") + "; all of them: "
+            f"unknown architecture {name!r}" + (f"; closest: {', '.join(close)}" if close else "") + "; all of them: "
             f'{", ".join(CLIPS)}, timm/ARCHITECTURE, and python -c "import open_clip; print(*open_clip.list_models())"'
         )
     return json.loads((_open_clip_folder() / f"{name}.json").read_text(encoding="utf-8"))

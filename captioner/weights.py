@@ -72,7 +72,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}, a damaged or incomplete safetensors file: {_one_line(error)}") from error
+        raise UserError(f"cannot read {path}, a damaged or incomplete safetensors file: {one_line(error)}") from error
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         # The names come from the file: they may not lead out of its directory.
         outside = [shard for shard in shards if Path(shard).name != shard]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the shard index {index}: {_one_line(error)}") from error
+        raise UserError(f"cannot read the shard index {index}: {one_line(error)}") from error
     if outside:
         raise UserError(f"the shard index {index} names a file outside its directory: {outside[0]}")
     return weight_map
@@ -111,7 +111,8 @@ def _pickle_refused(path: Path) -> UserError:
     )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An exception of another library for the end of a message: its type and text, at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
@@ -159,9 +160,9 @@ def _try_fetch(repo: str, filename: str) -> tuple[Path | None, str]:
     except errors.EntryNotFoundError:
         return None, "the repository has no such file"
     except errors.HFValidationError as error:
-        return None, f"not a repository name and not a local path ({_one_line(error)})"
+        return None, f"not a repository name and not a local path ({one_line(error)})"
     except Exception as error:  # network libraries raise their own types; each becomes the same single line
-        return None, _one_line(error)
+        return None, one_line(error)
 
 
 # ---- key tables ------------------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ class ImageTransform:
         std = torch.tensor(self.std).view(3, 1, 1)
         return pixels.sub_(mean).div_(std)
 
+    def seen_box(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """The part of the image that the tensor shows: (left, top, right, bottom) as fractions of its width and height.
+
+        Padding lies outside 0 to 1.
+        """
+        width, height = self._resized_size(image)
+        (left, right), (top, bottom) = _centre(width, self.image_size), _centre(height, self.image_size)
+        return left / width, top / height, right / width, bottom / height
+
     def to_dict(self) -> dict:
         """The settings as JSON values."""
         return asdict(self)

@@ -300,7 +300,7 @@ def test_config_is_checked():
 @pytest.mark.parametrize(
     "spec, words",
     [
-        ("ViT-B-33", "unknown image tower 'ViT-B-33'; closest: .*ViT-B-32.*open_clip.list_models"),
+        ("ViT-B-33", "unknown architecture 'ViT-B-33'; closest: .*ViT-B-32.*open_clip.list_models"),
         ("RN50:openai", "is a ResNet, not a ViT: use timm/resnet50_clip"),
         ("MobileCLIP-S1", "use timm/fastvit_mci1"),
         ("convnext_base_w", "use timm/convnext_base"),
