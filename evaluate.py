@@ -1,52 +1,36 @@
-"""Score a captioner, or captions that are already written.
+"""Score a captioner, or captions that are already written, or compare two systems.
 
     python evaluate.py [RUN] --split val --decode beam                decode a split with a run (the newest if not named), then score
     python evaluate.py --hypotheses H.txt --references R.txt          score finished captions; line k belongs to line k
+    python evaluate.py --compare A/captions.jsonl B/captions.jsonl    how sure is the difference B - A: paired bootstrap, wins on images
 """
 
+import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioner import cli
+from captioner import cli, comparison, scoring
 from captioner.cli import progress, repeated, say, setting
+from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, no_captions, open_run, picture
 from captioner.errors import UsageError, UserError
 from captioner.files import write_json, write_text
 
 
 @dataclass
-class Settings:
+class Settings(RunSettings):
     """Every setting of an evaluation; each field is one flag."""
 
-    run: str | None = setting(None, "run directory (default: the newest under runs/)")
-    split: str = setting("val", "split to decode")
-    data: str | None = setting(None, "folder with SPLIT/metadata.jsonl, or scenes; that of the run if not given")
     decode: str = setting("beam", "decoding method", ("greedy", "beam", "sample"))
-    num_beams: int = setting(10, "beams")
-    length_penalty: float = setting(1.0, "beam score is the sum of log-probabilities / length ** penalty")
     max_length: int | None = setting(None, "longest caption in tokens, counting the start token (default for beam: 20)")
     max_new_tokens: int | None = setting(None, "longest caption in tokens, not counting the start token (default otherwise: 20)")
     repetition_penalty: float | None = setting(None, "divides the scores of tokens already written (default: 1.2 for sample, else 1)")
-    temperature: float = setting(0.5, "of sampling")
-    top_k: int = setting(50, "sample among the k likeliest tokens; 0 for all")
-    top_p: float = setting(0.9, "sample among the likeliest tokens that together reach p")
-    checkpoint: str | None = setting(None, "use checkpoints/best or checkpoints/last", ("best", "last"))
     hypotheses: str | None = setting(None, "text file of captions to score, one a line")
     references: tuple[str, ...] = repeated("text file of references, one a line; may be given several times")
-    tokenize: str = setting("ptb", "words: Penn Treebank tokens without punctuation, or split at spaces", ("ptb", "none"))
-    limit: int | None = setting(None, "only the first N images or lines")
-    batch_size: int = setting(16, "images decoded together")
-    workers: int = setting(0, "processes that decode image files")
-    cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
-    on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: str = setting("fp32", "arithmetic of decoding", ("auto", "fp32", "bf16"))
-    seed: int = setting(0, "of sampling")
-    output: str | None = setting(None, "directory for the results (RUN/results/SPLIT-DECODE if not given)")
-    json: str | None = setting(None, "write the scores to this file, or - for stdout")
-
-    positional = ("run",)
+    compare: tuple[str, str] | None = setting(None, "two captions.jsonl files of the same images")
+    draws: int = setting(1000, "draws of the bootstrap")
 
 
 def read_lines(path: str, limit: int | None) -> list[str]:
@@ -70,56 +54,38 @@ def score_files(settings: Settings) -> dict:
     for path, lines in zip(settings.references, columns, strict=True):
         if len(lines) != len(hypotheses):
             raise UserError(f"{path} has {len(lines)} lines, {settings.hypotheses} has {len(hypotheses)}: line k must belong to line k")
-    scores, _ = score(hypotheses, [list(texts) for texts in zip(*columns, strict=True)], settings.tokenize)
+    scores, _ = scoring.score_text(hypotheses, [list(texts) for texts in zip(*columns, strict=True)], settings.tokenize)
     return scores
 
 
-def score(hypotheses: list[str], references: list[list[str]], tokenize: str) -> tuple[dict, list[dict]]:
-    """({"Bleu_1" … "Bleu_4", "CIDEr", "n", "tokenize"}, the same metrics of each caption)."""
-    from captioner import metrics
+def load_scorer(settings: Settings, run: OpenRun):
+    """The CLIP that the settings name; for drawn scenes the embedded one; otherwise None, which is said."""
+    name = settings.scorer or (scoring.SCENE_SCORER if are_scenes(run.rows) else None)
+    if name is None:
+        say("no CLIPScore: name a model with --scorer")
+        return None
+    from captioner import clip_score
 
-    corpus, per_item = metrics.score(hypotheses, references, tokenize)
-    return {**corpus, "n": len(hypotheses), "tokenize": tokenize}, per_item
+    return clip_score.load_scorer(name, run.device)
 
 
-def decode_split(settings: Settings):
-    """Captions of a split: (run, rows of {"image_id", "caption", "references"}, ledger of bad images)."""
-    import torch
+def decode_split(settings: Settings, run: OpenRun) -> tuple[list[dict], dict]:
+    """Rows of {"image_id", "caption", "references"} of the images that can be read, and (words, maps) of the report's captions by image id."""
+    from captioner.word_attention import word_attention
 
-    from captioner import checkpoint, generate
-    from captioner.features import FeatureStore
-    from captioner.runtime import choose_device, choose_precision, encode_images
-    from data.dataset import BadImageLedger, CaptionDataset, make_loader
-    from data.readers import read
-
-    run = Path(settings.run) if settings.run else checkpoint.newest_run()
-    config = checkpoint.read_config(run)
-    device = choose_device(settings.device)
-    precision = choose_precision(settings.precision, device)
-    data_rows = read(settings.data or config["settings"]["data"], settings.split)[: settings.limit]
-    model, tokenizer, transform = checkpoint.load(run, checkpoint=settings.checkpoint, merge=True)
-    model.to(device)
-    ledger = BadImageLedger(settings.on_bad)
-    store = None
-    if settings.cache_features:
-        store = FeatureStore(Path(settings.cache_features), checkpoint.vision_backbone(model, transform, config["model"]), precision)
-        store.prepare(data_rows, ledger, device, settings.workers, progress=progress)
-    dataset = CaptionDataset(data_rows, transform, store)
-    loader = make_loader(dataset, None, settings.batch_size, range(len(data_rows)), settings.workers, "all", ledger=ledger)
-    generate.prepare_for_decoding(model)
-    say(f"{run}: {len(data_rows)} images of {settings.split}, {settings.decode}, {device}, {precision}")
-    rows = []
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        for batch in progress(loader, settings.decode):
-            memory = encode_images(model, batch, device)
-            captions = tokenizer.decode(decode(model, memory, batch["ids"], settings))
-            rows += [
-                {"image_id": image_id, "caption": caption, "references": references}
-                for image_id, caption, references in zip(batch["ids"], captions, batch["captions"], strict=True)
-            ]
+    rows, attention = [], {}
+    for batch in progress(run.batches(settings.batch_size, settings.workers), settings.decode):
+        memory = run.encode(batch)
+        ids = decode(run.model, memory, batch["ids"], settings)
+        if settings.report and len(rows) < REPORT_IMAGES:
+            attention.update(zip(batch["ids"], word_attention(run.model, memory, ids, run.tokenizer), strict=True))
+        rows += [
+            {"image_id": image_id, "caption": caption, "references": references}
+            for image_id, caption, references in zip(batch["ids"], run.tokenizer.decode(ids), batch["captions"], strict=True)
+        ]
     if not rows:
-        raise UserError(f"no image of the split {settings.split} can be read")
-    return run, rows, ledger
+        raise no_captions(settings.split)
+    return rows, attention
 
 
 def decode(model, memory, image_ids: list[str], settings: Settings):
@@ -142,12 +108,71 @@ def decode(model, memory, image_ids: list[str], settings: Settings):
     )[:, 0]  # fmt: skip
 
 
-def write_results(settings: Settings, directory: Path, rows: list[dict], per_item: list[dict], scores: dict) -> None:
+def score_rows(settings: Settings, run: OpenRun, rows: list[dict], scorer) -> dict:
+    """Corpus scores; each row gets its own: text metrics, with a scorer CLIP scores and its name, of drawn scenes the judged facts.
+
+    A row whose image can no longer be read by then is taken out.
+    """
+    by_id = {row.id: row for row in run.rows}
+    if scorer:
+        from captioner.clip_score import embed_split
+
+        sources = [by_id[row["image_id"]] for row in rows]
+        embeddings = embed_split(scorer, sources, run.ledger, settings.batch_size, settings.workers, progress)
+        rows[:] = [row for row in rows if row["image_id"] in embeddings]
+    captions, references = [row["caption"] for row in rows], [row["references"] for row in rows]
+    scores, items = scoring.score_text(captions, references, settings.tokenize)
+    scores |= scoring.variety(captions)
+    for row, item in zip(rows, items, strict=True):
+        row.update(item)
+    sources = [by_id[row["image_id"]] for row in rows]
+    if scorer:
+        import torch
+
+        from captioner.clip_score import score_captions
+
+        scoring.embed_captions(scorer, [text for row in rows for text in (row["caption"], *row["references"])], progress)
+        corpus, items = score_captions(scorer, torch.stack([embeddings[row["image_id"]] for row in rows]), captions, references)
+        scores |= corpus
+        for row, item in zip(rows, items, strict=True):
+            row.update(item | {"scorer": scorer.name})
+    if are_scenes(sources):
+        corpus, judgements = scoring.judge_scenes(captions, sources)
+        scores |= corpus
+        for row, judgement in zip(rows, judgements, strict=True):
+            row["facts"] = dataclasses.asdict(judgement)
+    return scores
+
+
+def write_results(settings: Settings, directory: Path, rows: list[dict], scores: dict) -> None:
     """captions.jsonl with a line an image, the COCO results format, and the scores."""
-    lines = [json.dumps({**row, **item}, ensure_ascii=False) + "\n" for row, item in zip(rows, per_item, strict=True)]
-    write_text(directory / "captions.jsonl", "".join(lines))
+    write_text(directory / "captions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(directory / f"captions_{settings.split}_results.json", [{"image_id": row["image_id"], "caption": row["caption"]} for row in rows])
     write_json(directory / "scores.json", scores)
+
+
+def write_report(settings: Settings, run: OpenRun, directory: Path, rows: list[dict], scores: dict, attention: dict) -> None:
+    """report.html: pictures, references, captions with their scores and what each word looked at."""
+    from captioner import report
+
+    by_id = {row.id: row for row in run.rows}
+
+    def items() -> Iterator["report.Item"]:
+        for row in progress(rows[:REPORT_IMAGES], "report"):
+            source = by_id[row["image_id"]]
+            image = picture(source)
+            words, maps = attention[row["image_id"]]
+            decoded = report.Decoded(settings.decode, row["caption"], scoring.item_scores(row), words, maps)
+            yield report.Item(row["image_id"], image, row["references"], [decoded], run.transform.seen_box(image) if image else (0, 0, 1, 1))
+
+    facts = {
+        "run": str(run.path), "split": f"{settings.split}, {len(rows)} images", "decoding": settings.decode, "tokenize": settings.tokenize,
+        "CLIP scores by": scores.get("scorer", "no model"),
+    }  # fmt: skip
+    if len(rows) > REPORT_IMAGES:
+        facts["shown"] = f"the first {REPORT_IMAGES} images"
+    table = [{"decoding": settings.decode} | {name: scores[name] for name in scoring.TABLE if name in scores}]
+    report.write_report(directory / "report.html", f"{run.path.name} on {settings.split}", facts, table, items(), report.training_plot(run.path))
 
 
 def check(settings: Settings) -> None:
@@ -156,32 +181,50 @@ def check(settings: Settings) -> None:
         raise UsageError("--hypotheses and --references go together")
     if settings.hypotheses and settings.run:
         raise UsageError("--hypotheses scores finished captions: give no run with it")
+    if settings.compare and (settings.run or settings.hypotheses):
+        raise UsageError("--compare compares finished captions: give no run and no --hypotheses with it")
     if settings.max_length is not None and settings.max_new_tokens is not None:
         raise UsageError("--max-length and --max-new-tokens exclude each other")
-    cli.require_positive(settings, "limit", "batch_size", "num_beams", "max_new_tokens")
+    cli.require_positive(settings, "limit", "batch_size", "num_beams", "max_new_tokens", "draws")
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = cli.parse_settings(Settings, argv, __doc__)
     check(settings)
-    started = time.perf_counter()
+    if settings.compare:
+        found, notes = comparison.compare(*settings.compare, settings.tokenize, settings.draws, settings.seed, settings.limit)
+        comparison.show(found, say)
+        for note in notes:
+            say(note)
+        write_json(settings.json, found)
+        return cli.DONE
     if settings.hypotheses:
         scores, ledger = score_files(settings), []
     else:
-        run, rows, ledger = decode_split(settings)
-        scores, per_item = score([row["caption"] for row in rows], [row["references"] for row in rows], settings.tokenize)
-        facts = {"decode": settings.decode, "split": settings.split, "seconds": time.perf_counter() - started, "bad_images": ledger.to_list()}
-        directory = Path(settings.output) if settings.output else run / "results" / f"{settings.split}-{settings.decode}"
-        write_results(settings, directory, rows, per_item, scores | facts)
-        scores = scores | facts | {"run": str(run), "captions": str(directory / "captions.jsonl")}
-    for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "CIDEr"):
-        say(f"{name:>8} {scores[name]:.4f}")
-    say(f"{'n':>8} {scores['n']}   tokenize {scores['tokenize']}")
+        scores, ledger = evaluate_run(settings)
+    scoring.show(scores, say)
     write_json(settings.json, scores)
     if ledger:
         say(ledger.summary())
         return cli.SOME_BAD
     return cli.DONE
+
+
+def evaluate_run(settings: Settings):
+    """Decode a split, score it and write the results: (scores, ledger of bad images)."""
+    started = time.perf_counter()
+    run = open_run(settings)
+    scorer = load_scorer(settings, run)
+    say(f"{run.path}: {len(run.rows)} images of {settings.split}, {settings.decode}, {run.device}, {run.precision}")
+    rows, attention = decode_split(settings, run)
+    scores = score_rows(settings, run, rows, scorer)
+    scores |= {"decode": settings.decode, "split": settings.split, "seconds": time.perf_counter() - started, "bad_images": run.ledger.to_list()}
+    directory = Path(settings.output) if settings.output else run.path / "results" / f"{settings.split}-{settings.decode}"
+    write_results(settings, directory, rows, scores)
+    if settings.report:
+        write_report(settings, run, directory, rows, scores, attention)
+        say(f"report: {directory / 'report.html'}")
+    return scores | {"run": str(run.path), "captions": str(directory / "captions.jsonl")}, run.ledger
 
 
 if __name__ == "__main__":

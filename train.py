@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             cast_frozen(model.get_submodule(part), torch.bfloat16)
 
     tracker = open_tracker(settings.report_to, run, dataclasses.asdict(settings))
-    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker)
+    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker, val_rows)
     if settings.resume:
         trainer.restore()
     else:

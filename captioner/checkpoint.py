@@ -6,7 +6,7 @@
     vision.safetensors     only if the image encoder cannot be had elsewhere (trained here, or random)
     text/                  likewise, as a Hugging Face T5 directory (config.json, model.safetensors, spiece.model)
     checkpoints/best, checkpoints/last    the same files at one step, with state.json and, in last, optimizer.safetensors
-    metrics.jsonl  loss.png
+    metrics.jsonl  loss.png  report.html
 
 The files at the top are those of checkpoints/best. No pickle is written or read.
 """

@@ -74,6 +74,8 @@ def parse_settings(cls, argv: list[str] | None, description: str, presets: dict[
         flag = "--" + field.name.replace("_", "-")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif typing.get_args(kind) == (str, str):
+            parser.add_argument(flag, nargs=2, metavar=("A", "B"), **options)
         elif typing.get_origin(kind) is tuple and field.metadata.get("repeat"):
             parser.add_argument(flag, action="append", metavar="FILE", **options)
         elif typing.get_origin(kind) is tuple:

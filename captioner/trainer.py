@@ -6,7 +6,7 @@ Legend: B images, G captions per image, T text tokens.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from captioner.files import read_json, write_json
 from captioner.model import Captioner
 from captioner.runtime import encode_images
 from captioner.tokenizer import Tokenizer
+from data.rows import Row
 
-SHOWN_CAPTIONS = 4
+SHOWN_CAPTIONS, PRINTED_CAPTIONS = 12, 4
 
 
 @dataclass
@@ -42,7 +43,10 @@ def make_optimizer(trainable: dict[str, Tensor], settings) -> torch.optim.AdamW:
 
 
 class Trainer:
-    """What a training loop calls, with `settings` as in train.py; trainable is the list that `lora.set_trainable` returned."""
+    """What a training loop calls, with `settings` as in train.py; trainable is the list that `lora.set_trainable` returned.
+
+    val_rows are the rows whose batches `evaluate` gets; the report opens the pictures of the first ones.
+    """
 
     def __init__(
         self,
@@ -55,9 +59,10 @@ class Trainer:
         device: torch.device,
         precision: str,
         tracker: Callable[[int, dict[str, float]], None],
+        val_rows: Sequence[Row],
     ):
         self.settings, self.run, self.model, self.tokenizer, self.trainable, self.facts = settings, run, model, tokenizer, trainable, facts
-        self.device, self.tracker = device, tracker
+        self.device, self.tracker, self.val_rows = device, tracker, val_rows
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         self.optimizer = make_optimizer(trainable, settings)
         self.state = TrainState()
@@ -143,7 +148,7 @@ class Trainer:
         self.tracker(self.state.step, {f"{split}/{name}": value for name, value in values.items()})
 
     def evaluate_and_save(self, batches: Iterable[dict]) -> dict:
-        """Evaluate, show a few captions, log, plot and save."""
+        """Evaluate, save, log, plot, write the run's report and print a few captions."""
         scores, rows = self.evaluate(batches)
         score = [scores["CIDEr"], -scores["loss"]] if self.settings.best_by == "CIDEr" else [-scores["loss"]]
         is_best = self.state.best is None or score > self.state.best
@@ -152,8 +157,23 @@ class Trainer:
         self.save(is_best)
         shown = [{"id": image_id, "caption": caption, "reference": reference} for image_id, caption, reference in rows[:SHOWN_CAPTIONS]]
         self.log("val", scores, captions=shown)
-        report.plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
+        report.plot_losses(self.run)
+        report.write_training_report(self.run, self.report_facts(), self.val_rows)
         say(f"step {self.state.step}: val loss {scores['loss']:.4f}, CIDEr {scores['CIDEr']:.3f} (greedy, {scores['n']} images){', best so far' if is_best else ''}")
-        for row in shown:
+        for row in shown[:PRINTED_CAPTIONS]:
             say(f"    {row['id']}: {row['caption'] or '(empty)'}    [reference: {row['reference']}]")
         return scores
+
+    def report_facts(self) -> dict[str, str]:
+        """What the run's report says about the run."""
+        settings = self.settings
+        adapters = f"rank {settings.lora_rank} on {', '.join(settings.lora_targets)}" if settings.lora_targets else "none"
+        return {
+            "image encoder": self.facts["vision"]["name"],
+            "decoder": Path(self.facts["text"]["name"]).name,
+            "LoRA": adapters,
+            "trained whole": ", ".join(("bridge", *settings.train_base)),
+            "trained parameters": f"{sum(parameter.numel() for parameter in self.trainable.values()):,}",
+            "data": f"{Path(settings.data).name}, {settings.val_split}",
+            "best step": f"{self.state.best_step} by {settings.best_by}",
+        }

@@ -28,30 +28,47 @@ TINY_TEXT = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def tiny_data(tmp_path) -> Path:
+def write_tiny_data(folder: Path) -> Path:
     """A data folder: eight plain pictures in train, four of them in val, two captions each."""
     from PIL import Image
 
     for split, count in (("train", 8), ("val", 4)):
-        folder = tmp_path / "data" / split
-        folder.mkdir(parents=True)
+        (folder / split).mkdir(parents=True)
         lines = []
         for colour in COLOURS[:count]:
-            Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
+            Image.new("RGB", (40, 30), colour).save(folder / split / f"{colour}.png")
             captions = [f"a plain {colour} picture", f"everything here is {colour}"]
             lines.append(json.dumps({"file_name": f"{colour}.png", "captions": captions}))
-        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return tmp_path / "data"
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def tiny_train_flags(data: Path, folder: Path) -> list[str]:
+    """Flags of train.py for a model that takes a second: random backbones, all trained, fp32, no dropout; the run is `run` in the folder."""
+    config = folder / "tiny.json"
+    config.write_text(json.dumps(TINY_TEXT), encoding="utf-8")
+    return [
+        "--data", str(data), "--vision", "ViT-Tiny-Scenes", "--image-size", "16", "--text-config", str(config), "--vocab-size", "64",
+        "--train-base", "vision,text", "--batch-size", "4", "--max-steps", "4", "--precision", "fp32", "--device", "cpu",
+        "--lora-dropout", "0", "--output", str(folder / "run"), "--workers", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def tiny_data(tmp_path) -> Path:
+    return write_tiny_data(tmp_path / "data")
 
 
 @pytest.fixture
 def tiny_flags(tiny_data, tmp_path) -> list[str]:
-    """Flags of train.py for a model that takes a second: random backbones, all trained, fp32, no dropout."""
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY_TEXT), encoding="utf-8")
-    return [
-        "--data", str(tiny_data), "--vision", "ViT-Tiny-Scenes", "--image-size", "16", "--text-config", str(config), "--vocab-size", "64",
-        "--train-base", "vision,text", "--batch-size", "4", "--max-steps", "4", "--precision", "fp32", "--device", "cpu",
-        "--lora-dropout", "0", "--output", str(tmp_path / "run"), "--workers", "0",
-    ]  # fmt: skip
+    return tiny_train_flags(tiny_data, tmp_path)
+
+
+@pytest.fixture
+def trained(tiny_flags, tmp_path, monkeypatch) -> Path:
+    """A run under runs/ of the working directory."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*tiny_flags, "--max-steps", "30", "--lr", "5e-3", "--eval-every", "30", "--output", str(tmp_path / "runs" / "tiny")]) == 0
+    return tmp_path / "runs" / "tiny"

@@ -1,23 +1,33 @@
-"""The evaluation command: finished captions without torch, decoding a split with a run, errors."""
+"""The evaluation command: finished captions and comparisons without torch, decoding a split with a run, CLIP scores, the report, errors."""
 
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import evaluate
-import train
-from captioner import cli
+from captioner import cli, clip_score, demo
+from captioner.clip_score import load_scorer, score_captions
+from tests import tiny_clip
 from tests.conftest import REPOSITORY
 
 
-def run(flags, main=evaluate.main) -> int:
+def run(flags) -> int:
     """Exit code of the command."""
     with pytest.raises(SystemExit) as exit_info:
-        cli.run_command(main, [str(flag) for flag in flags], expected=(ValueError,))
+        cli.run_command(evaluate.main, [str(flag) for flag in flags], expected=(ValueError,))
     return exit_info.value.code
+
+
+def write_rows(path, rows):
+    """A captions.jsonl."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @pytest.fixture
@@ -47,16 +57,19 @@ def test_finished_captions_give_the_contract_keys(text_files, tmp_path, capsys):
 
 def test_published_scores(shared_dir, capsys):
     folder = shared_dir / "gcc-results"
-    assert run(["--hypotheses", folder / "base-attn-ffn_beam.txt", "--references", folder / "references.txt", "--tokenize", "none", "--json", "-"]) == 0
+    files = ["--hypotheses", folder / "base-attn-ffn_beam.txt", "--references", folder / "references.txt"]
+    assert run([*files, "--tokenize", "none", "--json", "-"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["CIDEr"] == pytest.approx(0.43363701296557405, abs=1e-9)
     assert scores["Bleu_4"] == pytest.approx(0.03849081449311731, abs=1e-9)
 
 
-def test_scoring_text_imports_no_torch(text_files):
+def test_scoring_and_comparing_text_imports_no_torch(text_files, tmp_path):
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"image_id": "1", "caption": "a dog", "references": ["a dog"]}]))
     code = (
         "import sys, evaluate\n"
         f"assert evaluate.main(['--hypotheses', {str(text_files['h'])!r}, '--references', {str(text_files['r1'])!r}]) == 0\n"
+        f"assert evaluate.main(['--compare', {rows!r}, {rows!r}]) == 0\n"
         "assert not {'torch', 'open_clip', 'timm', 'matplotlib'} & set(sys.modules), 'slow import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True)
@@ -88,6 +101,9 @@ def test_bad_text_files(text_files, change, code, named, capsys):
         (["runs/none"], 1, "runs/none: no such run directory"),
         (["--beams", "3"], 2, "--num-beams"),
         (["--num-beams", "0"], 2, "--num-beams"),
+        (["--compare", "a.jsonl"], 2, "expected 2 arguments"),
+        (["--compare", "a.jsonl", "b.jsonl", "--hypotheses", "h", "--references", "r"], 2, "--compare compares finished captions"),
+        (["--compare", "a.jsonl", "b.jsonl", "--draws", "0"], 2, "--draws must be at least 1"),
     ],
 )
 def test_bad_flags(flags, code, named, capsys):
@@ -99,14 +115,6 @@ def test_no_run_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run([]) == 1
     assert "no trained run" in capsys.readouterr().err
-
-
-@pytest.fixture
-def trained(tiny_flags, tmp_path, monkeypatch):
-    """A run under runs/ of the working directory."""
-    monkeypatch.chdir(tmp_path)
-    assert run([*tiny_flags, "--max-steps", "30", "--lr", "5e-3", "--eval-every", "30", "--output", tmp_path / "runs" / "tiny"], train.main) == 0
-    return tmp_path / "runs" / "tiny"
 
 
 def captions_of(path):
@@ -165,3 +173,173 @@ def test_a_run_of_another_format_is_refused(trained, capsys):
     (trained / "config.json").write_text(json.dumps(config))
     assert run([trained]) == 1
     assert "format 99" in capsys.readouterr().err
+
+
+@pytest.fixture
+def clip_name(tmp_path, monkeypatch):
+    """A CLIP by the name that --scorer takes."""
+    monkeypatch.setitem(demo.CLIPS, "Tiny", tiny_clip.CONFIG)
+    return tiny_clip.save(tmp_path / "clip.safetensors", 1)
+
+
+def test_clip_scores_name_their_scorer(trained, tiny_data, clip_name, tmp_path, capsys):
+    assert run([trained, "--decode", "greedy", "--scorer", clip_name, "--json", tmp_path / "out.json"]) == 0
+    scores = json.loads((tmp_path / "out.json").read_text())
+    rows = [json.loads(line) for line in (trained / "results" / "val-greedy" / "captions.jsonl").read_text().splitlines()]
+    clip = load_scorer(clip_name, "cpu")
+    images = clip.embed_images(torch.stack([clip.transform(Image.open(tiny_data / "val" / row["image_id"]).convert("RGB")) for row in rows]))
+    corpus, items = score_captions(clip, images, [row["caption"] for row in rows], [row["references"] for row in rows])
+    assert scores["scorer"] == clip_name == rows[0]["scorer"] and scores["truncated"] == 0
+    for name in ("CLIPScore", "CLIP_cosine", "RefCLIPScore"):
+        assert scores[name] == pytest.approx(corpus[name], abs=1e-6)
+        assert [row[name] for row in rows] == pytest.approx([item[name] for item in items], abs=1e-6)
+    assert clip_name in capsys.readouterr().err
+    assert run([trained, "--decode", "greedy", "--scorer", "ViT-Tinny", "--output", tmp_path / "x"]) == 1
+    assert "ViT-Tinny" in capsys.readouterr().err
+
+
+def test_without_a_scorer_it_says_so(trained, capsys):
+    assert run([trained, "--decode", "greedy"]) == 0
+    assert "no CLIPScore: name a model with --scorer" in capsys.readouterr().err
+    assert "CLIPScore" not in (trained / "results" / "val-greedy" / "scores.json").read_text()
+
+
+def test_scenes_are_scored_by_the_embedded_clip_and_judged(trained, clip_name, tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(clip_score, "load_scorer", lambda name, device: names.append(name) or load_scorer(clip_name, device))
+    assert run([trained, "--data", "scenes", "--limit", "3", "--decode", "greedy", "--json", tmp_path / "out.json"]) == 0
+    assert names == ["ViT-Tiny-Scenes:scorer"]
+    scores = json.loads((tmp_path / "out.json").read_text())
+    rows = [json.loads(line) for line in (trained / "results" / "val-greedy" / "captions.jsonl").read_text().splitlines()]
+    false, stated, named, objects = (sum(row["facts"][name] for row in rows) for name in ("false", "stated", "named", "objects"))
+    assert scores["recall"] == named / objects and scores["hallucination"] == (false / stated if stated else 0)
+
+
+def test_duplicates_and_length(trained, tmp_path):
+    assert run([trained, "--decode", "greedy", "--json", tmp_path / "out.json"]) == 0
+    scores = json.loads((tmp_path / "out.json").read_text())
+    captions = list(captions_of(trained / "results" / "val-greedy" / "captions.jsonl").values())
+    assert scores["duplicates"] == sum(captions.count(caption) > 1 for caption in captions) / 4
+    assert scores["mean_words"] == sum(len(caption.split()) for caption in captions) / 4
+
+
+def test_the_report_shows_every_image_and_can_be_left_out(trained, clip_name, tmp_path):
+    assert run([trained, "--decode", "greedy", "--scorer", clip_name, "--output", tmp_path / "with"]) == 0
+    report = (tmp_path / "with" / "report.html").read_text()
+    for row in map(json.loads, (tmp_path / "with" / "captions.jsonl").read_text().splitlines()):
+        assert row["image_id"] in report and row["caption"] in report and row["references"][1] in report
+    assert clip_name in report and "data:image/webp" in report and "data:image/png" in report, "thumbnails and the loss curve"
+    assert '"maps"' in report, "attention of words"
+    assert run([trained, "--decode", "greedy", "--no-report", "--output", tmp_path / "without"]) == 0
+    assert not (tmp_path / "without" / "report.html").exists()
+
+
+@pytest.fixture
+def two_systems(tmp_path):
+    """Rows of two systems on 40 images: B has one more word right in every second caption, and a CLIPScore that is 0.1 higher."""
+    words = [f"word{number}" for number in range(60)]
+    generator = np.random.default_rng(0)
+    a, b = [], []
+    for number in range(40):
+        reference = list(generator.choice(words, 6, replace=False))
+        spoilt = [*reference[:4], "wrong", "wrong"]
+        row = {"image_id": f"{number:02d}", "references": [" ".join(reference)], "scorer": "Tiny:x"}
+        noise = 0.01 * generator.random()
+        a.append({**row, "caption": " ".join(spoilt), "CLIPScore": 0.5})
+        b.append({**row, "caption": " ".join([*reference[: 5 - number % 2], *spoilt[5 - number % 2 :]]), "CLIPScore": 0.6 + noise})
+    return a, b
+
+
+def compare(tmp_path, a, b, *flags):
+    """(exit code, JSON)."""
+    code = run(["--compare", write_rows(tmp_path / "a.jsonl", a), write_rows(tmp_path / "b.jsonl", b), "--json", tmp_path / "out.json", *flags])
+    return code, json.loads((tmp_path / "out.json").read_text()) if code == 0 else None
+
+
+def test_a_known_shift_is_found(two_systems, tmp_path, capsys):
+    a, b = two_systems
+    code, found = compare(tmp_path, a, b[::-1], "--tokenize", "none")
+    assert code == 0 and found["n"] == 40 and found["draws"] == 1000 and found["tokenize"] == "none" and found["scorer"] == "Tiny:x"
+    metrics = found["metrics"]
+    assert metrics.keys() == {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "CIDEr", "CLIPScore"}
+    assert metrics["Bleu_1"]["a"] == pytest.approx(4 / 6, rel=1e-6) and metrics["Bleu_1"]["b"] == pytest.approx(4.5 / 6, rel=1e-6)
+    assert (metrics["Bleu_1"]["wins"], metrics["Bleu_1"]["losses"], metrics["Bleu_1"]["ties"]) == (20, 0, 20)
+    assert all(metric["low"] > 0 for metric in metrics.values()) and metrics["CLIPScore"]["wins"] == 40
+    assert 0.1 <= metrics["CLIPScore"]["low"] < metrics["CLIPScore"]["difference"] < metrics["CLIPScore"]["high"] <= 0.11
+    err = capsys.readouterr().err
+    assert "excludes 0" in err and "40 images, 1000 draws, seed 0" in err
+    _, other = compare(tmp_path, b, a, "--tokenize", "none")
+    assert other["metrics"]["CIDEr"]["difference"] == -metrics["CIDEr"]["difference"] and other["metrics"]["CIDEr"]["losses"] == 20
+    assert len({compare(tmp_path, a, b, "--seed", str(seed))[1]["metrics"]["CIDEr"]["low"] for seed in (1, 2)}) == 2
+    assert compare(tmp_path, a, b, "--limit", "10", "--draws", "5")[1]["n"] == 10
+
+
+def test_the_same_file_differs_by_nothing(two_systems, tmp_path):
+    two_systems[0][0]["caption"] += " \u2028 a line separator"
+    _, found = compare(tmp_path, two_systems[0], two_systems[0])
+    for metric in found["metrics"].values():
+        assert metric["low"] == metric["high"] == metric["difference"] == 0 and metric["ties"] == 40
+
+
+def test_other_scorers_are_not_compared(two_systems, tmp_path, capsys):
+    a, b = two_systems
+    _, found = compare(tmp_path, a, [{**row, "scorer": "Tiny:y"} for row in b])
+    assert "CLIPScore" not in found["metrics"] and "scorer" not in found
+    assert "no CLIPScore: A was scored by Tiny:x, B by Tiny:y" in capsys.readouterr().err
+
+
+def test_two_decodings_of_a_run_are_compared(trained, clip_name, tmp_path, monkeypatch):
+    """What evaluate.py writes is what --compare reads, judged facts of scenes included."""
+    monkeypatch.setattr(clip_score, "load_scorer", lambda name, device: load_scorer(clip_name, device))
+    for decode in ("greedy", "beam"):
+        assert run([trained, "--data", "scenes", "--limit", "4", "--decode", decode, "--json", tmp_path / f"{decode}.json", "--no-report"]) == 0
+    files = [trained / "results" / f"val-{decode}" / "captions.jsonl" for decode in ("greedy", "beam")]
+    assert run(["--compare", *files, "--json", tmp_path / "out.json"]) == 0
+    metrics = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    for decode, side in (("greedy", "a"), ("beam", "b")):
+        scores = json.loads((tmp_path / f"{decode}.json").read_text())
+        for name in ("Bleu_4", "CIDEr", "CLIPScore", "CLIP_cosine", "RefCLIPScore", "hallucination", "recall"):
+            assert metrics[name][side] == pytest.approx(scores[name], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda a, b: b.pop(), "b.jsonl lacks 1 image (39) of the other file"),
+        (lambda a, b: a.__delitem__(slice(5)), "a.jsonl lacks 5 images (00, 01, 02, …) of the other file"),
+        (lambda a, b: b[3].update(references=["other"]), "different references for 1 image (03)"),
+        (lambda a, b: b.append(b[0]), "b.jsonl: line 41 repeats the image 00"),
+        (lambda a, b: a[7].pop("caption"), "a.jsonl: line 8 is no JSON object with image_id, caption and references"),
+        (lambda a, b: b.clear(), "b.jsonl: no captions"),
+    ],
+)
+def test_files_that_cannot_be_compared(two_systems, tmp_path, capsys, change, named):
+    change(*two_systems)
+    assert compare(tmp_path, *two_systems)[0] == 1
+    err = capsys.readouterr().err
+    assert named in err and err.count("\n") == 1
+
+
+def test_files_that_are_no_captions(two_systems, tmp_path, capsys):
+    good = write_rows(tmp_path / "good.jsonl", two_systems[0])
+    assert run(["--compare", good, tmp_path / "none.jsonl"]) == 1
+    assert "none.jsonl: no such file" in capsys.readouterr().err
+    assert run(["--compare", tmp_path, good]) == 1
+    assert "not a captions.jsonl" in capsys.readouterr().err
+
+
+def test_a_published_gain_does_not_survive_tokenisation(shared_dir, tmp_path):
+    """Best of 10 against beam search on 11,267 captions: a gain in CIDEr on white-space tokens only, since "park." is not "park"."""
+    folder = shared_dir / "gcc-results"
+    names = {"a": "base-attn-ffn_beam.txt", "b": "base-attn-ffn_bestof10.txt"}
+    references = (folder / "references.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    rows = {}
+    for side, name in names.items():
+        captions = (folder / name).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        pairs = enumerate(zip(captions, references, strict=True))
+        rows[side] = [{"image_id": str(line), "caption": caption, "references": [reference]} for line, (caption, reference) in pairs]
+    cider = compare(tmp_path, rows["a"], rows["b"], "--tokenize", "none")[1]["metrics"]["CIDEr"]
+    assert cider["a"] == pytest.approx(0.43363701296557405, abs=1e-9) and cider["b"] == pytest.approx(0.4519655124398798, abs=1e-9)
+    assert (cider["difference"], cider["low"], cider["high"]) == pytest.approx((0.0183, 0.003, 0.034), abs=0.0015)
+    cider = compare(tmp_path, rows["a"], rows["b"], "--tokenize", "ptb")[1]["metrics"]["CIDEr"]
+    assert cider["low"] < 0 < cider["high"] and cider["difference"] < 0

@@ -44,11 +44,11 @@ def test_a_run_directory_carries_everything(tiny_flags, tiny_data, tmp_path, cap
     assert run([*tiny_flags, "--eval-every", "2", "--log-every", "1", "--json", str(summary)]) == 0
     out = tmp_path / "run"
     for name in ("config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "bridge.safetensors", "vision.safetensors",
-                 "text/config.json", "text/model.safetensors", "text/spiece.model", "metrics.jsonl", "loss.png",
+                 "text/config.json", "text/model.safetensors", "text/spiece.model", "metrics.jsonl", "loss.png", "report.html",
                  "checkpoints/best/bridge.safetensors", "checkpoints/last/optimizer.safetensors", "checkpoints/last/state.json"):  # fmt: skip
         assert (out / name).is_file(), name
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".png", ".model"}, "nothing else, and no pickle"
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".png", ".html", ".model"}, "nothing else, and no pickle"
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["batch_size"] == 4 and config["settings"]["seed"] == 0
     assert {"torch", "python"} <= config["versions"].keys()

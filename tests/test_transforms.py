@@ -113,6 +113,23 @@ def test_the_transform_of_an_opened_file_equals_open_clips():
     assert_equal(ImageTransform(64)(open_image(buffer)), theirs)
 
 
+@pytest.mark.parametrize(
+    ("settings", "box", "filled"),
+    [
+        ({}, (0.25, 0, 0.75, 1), 1),
+        ({"resize_size": 80}, (0.3, 0.1, 0.7, 0.9), 1),
+        ({"resize_mode": "squash"}, (0, 0, 1, 1), 1),
+        ({"resize_mode": "longest"}, (0, -0.5, 1, 1.5), 0.5),
+    ],
+)
+def test_the_box_that_is_seen(settings, box, filled):
+    image = Image.new("RGB", (400, 200))
+    transform = ImageTransform(64, mean=(0, 0, 0), std=(1, 1, 1), **settings)
+    assert transform.seen_box(image) == pytest.approx(box)
+    image.paste("white", tuple(round(side * length) for side, length in zip(box, (400, 200, 400, 200), strict=True)))
+    assert transform(image).mean() == pytest.approx(filled, abs=0.01)
+
+
 def test_json_round_trip():
     transform = ImageTransform(260, HALF, HALF, "bilinear", "longest", 280, (1, 2, 3))
     again = ImageTransform.from_dict(json.loads(json.dumps(transform.to_dict())))

@@ -13,6 +13,7 @@ from captioner.metrics.ngrams import MAX_ORDER, Counts, count
 
 TINY = 1e-15  # added to matches and to the hypothesis' length
 SMALL = 1e-9  # added to n-gram totals and to the reference length
+NAMES = tuple(f"Bleu_{order}" for order in range(1, MAX_ORDER + 1))
 
 
 def bleu(
@@ -30,14 +31,23 @@ def bleu(
 
 def bleu_from_counts(counts: Counts) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The same from counted n-grams: corpus values and, under the same names, arrays of N per-item values."""
+    statistics = bleu_statistics(counts)
+    corpus = bleu_from_statistics(statistics.sum(axis=-1, keepdims=True))
+    return dict(zip(NAMES, corpus[:, 0].tolist())), dict(zip(NAMES, bleu_from_statistics(statistics)))
+
+
+def bleu_statistics(counts: Counts) -> np.ndarray:
+    """What BLEU sums over a corpus, per item: matches and n-grams of each order, length, closest reference length: (10, N)."""
     length = counts.length[counts.hypothesis]  # (N,)
-    matches = np.stack([_clipped_matches(counts, order) for order in range(MAX_ORDER)])  # (4, N)
+    matches = [_clipped_matches(counts, order) for order in range(MAX_ORDER)]
     totals = np.maximum(length - np.arange(MAX_ORDER)[:, None], 0)  # (4, N)
-    closest = _closest_reference_length(counts)  # (N,)
-    names = [f"Bleu_{order}" for order in range(1, MAX_ORDER + 1)]
-    items = _combine(matches, totals, length, closest)
-    corpus = _combine(*(values.sum(axis=-1, keepdims=True) for values in (matches, totals, length, closest)))
-    return dict(zip(names, corpus[:, 0].tolist())), dict(zip(names, items))
+    return np.stack([*matches, *totals, length, _closest_reference_length(counts)])
+
+
+def bleu_from_statistics(sums: np.ndarray) -> np.ndarray:
+    """BLEU-1 … BLEU-4 of M corpora whose items' statistics were added up: (10, M) → (4, M)."""
+    matches, totals, (length, reference_length) = np.split(sums, [MAX_ORDER, 2 * MAX_ORDER])
+    return _combine(matches, totals, length, reference_length)
 
 
 def _clipped_matches(counts: Counts, order: int) -> np.ndarray:

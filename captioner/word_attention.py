@@ -1,0 +1,84 @@
+"""Where the decoder looked while it wrote each word: cross-attention of finished captions over the grid of image tokens.
+
+Legend: B images, N image tokens, T text tokens, D width, H heads, W words.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captioner.t5 import T5
+from captioner.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def word_attention(model: nn.Module, memory: Tensor, ids: Tensor, tokenizer: Tokenizer) -> list[tuple[list[str], np.ndarray | None]]:
+    """For each image the words of its caption and their maps (W, h, w) in fp32; the words joined by spaces are the decoded caption.
+
+    memory (B, N, D); ids (B, T) as `captioner.generate` returns them, the start token first. A map is the mean over heads, layers and the word's
+    tokens. The class token of N = 1 + h * h is left out, so a map sums to at most 1. Maps are None where N is no square grid. model in eval mode.
+    """
+    grid = square_grid(memory.shape[1])
+    captions = []
+    for tokens, rows in zip(ids[:, 1:].tolist(), cross_attention(model.text, memory, ids[:, :-1]).cpu(), strict=True):
+        words, members = merge_tokens(tokens, tokenizer)
+        if grid is None:
+            captions.append((words, None))
+            continue
+        first, side = grid
+        means = [rows[positions].mean(0) for positions in members]
+        maps = torch.stack(means) if means else rows[:0]  # (W, N)
+        captions.append((words, maps[:, first:].reshape(-1, side, side).numpy()))
+    return captions
+
+
+def cross_attention(text: T5, memory: Tensor, input_ids: Tensor) -> Tensor:
+    """Attention of each decoder input (B, T) over memory (B, N, D), the mean over heads and layers → (B, T, N) in fp32."""
+    blocks = text.decoder.blocks
+    layers = []
+
+    def record(attention: nn.Module, arguments: tuple) -> None:
+        x, keys, _, _ = arguments
+        queries = attention.split_heads(attention.q_proj(x), keys.shape[0])
+        layers.append(torch.softmax((queries @ keys.transpose(2, 3)).float(), dim=-1).mean(1))  # T5's scores have no 1/sqrt(K)
+
+    hooks = [block.cross_attn.register_forward_pre_hook(record) for block in blocks]
+    try:
+        # Without a gradient into the memory, every block forms its keys and calls its attention.
+        with torch.no_grad():
+            text.decode(input_ids, memory.detach().to(text.embedding.weight.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(layers).mean(0)
+
+
+def merge_tokens(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
+    """(words, the positions of each word's tokens). The caption ends at the first eos; pads and ids without text belong to no word."""
+    if tokenizer.eos_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_id)]
+    prefixes = tokenizer.decode([tokens[:end] for end in range(len(tokens) + 1)])
+    words: list[str] = []
+    members: list[list[int]] = []
+    for position in range(len(tokens)):
+        piece = prefixes[position + 1][len(prefixes[position]) :]
+        if not piece:
+            continue
+        if piece.startswith(" ") or not words:
+            words.append("")
+            members.append([])
+        words[-1] += piece.strip()
+        members[-1].append(position)
+    kept = [index for index, word in enumerate(words) if word]
+    return [words[index] for index in kept], [members[index] for index in kept]
+
+
+def square_grid(count: int) -> tuple[int, int] | None:
+    """(tokens before the grid, side) of N image tokens: a square, or one class token and a square; None for other numbers."""
+    for first in (0, 1):
+        side = math.isqrt(count - first)
+        if side and side * side == count - first:
+            return first, side
+    return None
