@@ -35,6 +35,7 @@ from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loade
 from data.images import BadImage
 from data.readers import BUILT_IN, read
 from data.rows import DataError, Row
+from data.transforms import RESIZE_MODES
 
 
 @dataclass
@@ -49,6 +50,9 @@ class Settings:
     vocab_size: int = setting(4000, "pieces of a learned vocabulary")
     base: str | None = setting(None, "start from this trained run, its adapters merged, instead of --vision and --text")
     image_size: int | None = setting(None, "input size in pixels, if not the encoder's own")
+    resize_mode: str | None = setting(
+        None, "how an image becomes square, if not the encoder's own way: short side and centre crop, long side and padding, or squashed whole", RESIZE_MODES
+    )
     data: str = setting("scenes", "folder with SPLIT/metadata.jsonl, or scenes (drawn)")
     train_split: str = setting("train", "split to train on")
     val_split: str = setting("val", "split to evaluate on")
@@ -136,8 +140,9 @@ def resolve(argv: list[str] | None) -> Settings:
         settings = Settings(**(restored | {"json": None} | kept | {"output": settings.resume}))
         settings.given = frozenset()
     elif settings.base:
-        if settings.given & {"vision", "text", "text_config", "tokenizer"}:
-            raise UsageError("--base brings both backbones; remove --vision, --text, --text-config and --tokenizer")
+        extra = sorted(settings.given & {"vision", "text", "text_config", "tokenizer", "image_size", "resize_mode"})
+        if extra:
+            raise UsageError(f"--base brings both backbones and the size of its images; remove --{extra[0].replace('_', '-')}")
         settings.vision = settings.text = settings.text_config = None
         if "train_base" not in settings.given:
             settings.train_base = ()
@@ -176,6 +181,9 @@ def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Caption
         facts["text"]["embedded"] |= bool({"text", "encoder", "decoder"} & (trained | set(facts["adapted"])))
     else:
         vision = build_vision(settings.vision, settings.image_size)
+        if settings.resize_mode:
+            transform = dataclasses.replace(vision.transform, resize_mode=settings.resize_mode, resize_size=None)
+            vision = dataclasses.replace(vision, transform=transform)
         tokenizer_path = settings.tokenizer
         if settings.text_config and not tokenizer_path:
             tokenizer_path = directory / "spiece.model"

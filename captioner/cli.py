@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 
 # Two spinning OpenMP threads beside another busy process run many times slower than one; sleeping ones do not.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# oneDNN keeps scratch memory with each of its last 1,024 products; with texts of every length that comes to 12 GB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 from captioner.errors import UsageError, UserError  # noqa: E402
 from captioner.files import describe_os_error  # noqa: E402

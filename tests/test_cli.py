@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import platform
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from captioner import cli, files
 from captioner.cli import repeated, setting
 from captioner.errors import UsageError, UserError
+from tests.conftest import REPOSITORY
 
 
 @dataclass
@@ -150,3 +154,9 @@ def test_read_json_names_the_file(tmp_path):
 def test_json_to_stdout(capsys):
     files.write_json("-", {"caption": "é"})
     assert json.loads(capsys.readouterr().out) == {"caption": "é"}
+
+
+def test_memory_settings_of_a_command():
+    code = "import os; from captioner import cli; print(cli.keep_freed_memory(), os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.split()
+    assert out == [str(platform.libc_ver()[0] == "glibc"), "128"]

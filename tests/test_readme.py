@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+import best_of_n
 import evaluate
 import train
 from captioner import cli
@@ -16,10 +17,10 @@ SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every `python train.py …` and `python evaluate.py …`, variables and continuation lines included."""
+    """The words of every `python train.py …`, `evaluate.py …` and `best_of_n.py …`, variables and continuation lines included."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    found = re.findall(r"python (?:train|evaluate)\.py[^\n`|#&;]*", joined)
-    return [shlex.split(re.sub(r"\$\{?\w+\}?", "X", line.replace("\"$@\"", ""))) for line in found]
+    found = re.findall(r"python (?:train|evaluate|best_of_n)\.py[^\n`|#&;]*", joined)
+    return [shlex.split(re.sub(r"\$\{?\w+\}?", "X", re.sub(r'"\$(@|\{@:2\})"', "", line))) for line in found]
 
 
 SHOWN = commands(README) + [words for script in SCRIPTS for words in commands(script.read_text(encoding="utf-8"))]
@@ -32,6 +33,8 @@ def test_every_shown_command_parses(words):
         assert words[-1] == "--help" or words[2] == "--resume"
     elif words[1] == "train.py":
         train.resolve(words[2:])
+    elif words[1] == "best_of_n.py":
+        best_of_n.check(cli.parse_settings(best_of_n.Settings, words[2:], ""))
     else:
         evaluate.check(cli.parse_settings(evaluate.Settings, words[2:], ""))
 

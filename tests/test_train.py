@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 
 import captioner
 import train
@@ -66,6 +67,13 @@ def test_a_run_directory_carries_everything(tiny_flags, tiny_data, tmp_path, cap
     assert not model.training
 
 
+def test_the_whole_picture_can_be_asked_for(tiny_flags, tmp_path):
+    assert run([*tiny_flags, "--resize-mode", "squash"]) == 0
+    _, _, transform = captioner.load(tmp_path / "run")
+    picture = Image.new("RGB", (40, 30))
+    assert transform.seen_box(picture) == (0, 0, 1, 1) and transform(picture).shape == (3, 16, 16)
+
+
 def test_it_learns_eight_pictures(tiny_flags, tiny_data, tmp_path):
     flags = [*tiny_flags, "--captions-per-image", "all", "--batch-size", "8", "--max-steps", "250", "--lr", "3e-3", "--warmup-ratio", "0.1", "--train-base", "text",
              "--eval-every", "250", "--schedule", "cosine"]  # fmt: skip
@@ -75,7 +83,6 @@ def test_it_learns_eight_pictures(tiny_flags, tiny_data, tmp_path):
     # Two equally likely captions an image: log(2) for the first word is all that is left to lose, over about 6 tokens.
     assert last < 0.25 < first
     model, tokenizer, transform = captioner.load(tmp_path / "run", merge=True)
-    from PIL import Image
 
     for colour in ("red", "blue"):
         pixels = transform(Image.open(tiny_data / "train" / f"{colour}.png").convert("RGB"))[None]
@@ -124,7 +131,8 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(tiny_flags, tiny_d
 
 def test_frozen_parts_stay_and_only_the_listed_parameters_move(tiny_flags, tmp_path):
     assert run([*tiny_flags, "--output", str(tmp_path / "base")]) == 0
-    flags = [flag for flag in tiny_flags if flag not in ("--vision", "ViT-Tiny-Scenes", "--text-config", str(tmp_path / "tiny.json"), "--train-base", "vision,text")]
+    of_the_base = ("--vision", "ViT-Tiny-Scenes", "--image-size", "16", "--text-config", str(tmp_path / "tiny.json"), "--train-base", "vision,text")
+    flags = [flag for flag in tiny_flags if flag not in of_the_base]
     assert run([*flags, "--base", str(tmp_path / "base"), "--lr", "0.01", "--output", str(tmp_path / "adapted")]) == 0
     base, _, _ = captioner.load(tmp_path / "base", merge=True)
     adapted, _, _ = captioner.load(tmp_path / "adapted")
@@ -239,6 +247,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny_flags, tmp_path, monkeypatch
         (["--text", "x"], 2, "--text-config"),
         (["--tokenizer", "none.model"], 1, "none.model"),
         (["--warmup-ratio", "2"], 2, "--warmup-ratio"),
+        (["--base", "runs/x"], 2, "--image-size"),
+        (["--resize-mode", "stretch"], 2, "squash"),
     ],
 )
 def test_errors_are_one_line_that_names_the_thing(tiny_flags, extra, code, named, capsys):
