@@ -96,8 +96,8 @@ class Settings:
 # The tiny models of the demo are faster in fp32 than in bf16: at their size, conversions cost more than products.
 PRESETS = {
     "demo": dict(
-        vision="ViT-Tiny-Scenes", text_config="t5-tiny", vocab_size=300, train_base=("vision", "text"), precision="fp32",
-        epochs=6, eval_images=300, batch_size=32, lr=2e-3, warmup_ratio=0.1, schedule="cosine", weight_decay=0.05,
+        vision="ViT-Tiny-Scenes:demo", text="t5-tiny-scenes", precision="fp32",
+        epochs=6, eval_images=300, batch_size=32, lr=3e-3, warmup_ratio=0.1, schedule="cosine",
     ),
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),

@@ -9,4 +9,4 @@ compare() { python train.py --output "$prefix$1" "${@:2}" && python evaluate.py 
 compare bridge --lora-targets none
 compare attn --lora-targets attn
 compare attn-ffn --lora-targets attn,ffn
-compare everything --lora-targets none --train-base vision,text
+compare everything --lora-targets none --train-base vision,text --lr 1e-3

@@ -71,7 +71,7 @@ class Settings:
 # Each part sees scenes of its own (make_scene's seed) and starts from weights of its own.
 RECIPES = {
     "demo": dict(seed=1, steps=2400, batch=64, lr=1e-3, weight_decay=0.1),
-    "scorer": dict(seed=2, steps=2400, batch=64, lr=1e-3, weight_decay=0.1),
+    "scorer": dict(seed=2, steps=1500, batch=64, lr=1e-3, weight_decay=0.1),
     "text": dict(seed=3, steps=3000, batch=48, lr=2e-3, weight_decay=0.01),
 }
 
