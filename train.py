@@ -63,7 +63,7 @@ class Settings:
     cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
     workers: int = setting(0, "processes that decode images")
     lora_targets: tuple[str, ...] = setting(("attn", "ffn"), "linear layers that get LoRA: groups attn, ffn, or names such as cross_attn.q_proj; none for no LoRA")
-    lora_where: tuple[str, ...] = setting(("decoder",), "towers that get LoRA", ("decoder", "encoder", "vision"))
+    lora_where: tuple[str, ...] = setting(("decoder",), "towers that get LoRA; the demo's own tiny image encoder does too unless its features are cached", ("decoder", "encoder", "vision"))
     lora_rank: int = setting(8, "rank")
     lora_alpha: float = setting(8.0, "scaling is alpha / sqrt(rank)")
     lora_dropout: float = setting(0.1, "dropout on the input of LoRA")
@@ -96,8 +96,8 @@ class Settings:
 # The tiny models of the demo are faster in fp32 than in bf16: at their size, conversions cost more than products.
 PRESETS = {
     "demo": dict(
-        vision="ViT-Tiny-Scenes:demo", text="t5-tiny-scenes", precision="fp32",
-        epochs=6, eval_images=300, batch_size=32, lr=3e-3, warmup_ratio=0.1, schedule="cosine",
+        vision="ViT-Tiny-Scenes:demo", text="t5-tiny-scenes", lora_where=("decoder", "vision"), lora_dropout=0.0, captions_per_image="all", precision="fp32",
+        epochs=2, eval_every=250, eval_images=300, batch_size=8, lr=3e-3, warmup_ratio=0.1, schedule="cosine",
     ),
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
@@ -152,6 +152,8 @@ def resolve(argv: list[str] | None) -> Settings:
         settings.text_config = None
     elif "text_config" in settings.given:
         settings.text = None
+    if "lora_where" not in settings.given and (settings.cache_features or settings.given & {"vision", "base"}):
+        settings.lora_where = Settings.lora_where  # a preset adapts the image encoder only where that is its own, and live
     check(settings)
     return absolute_paths(settings)
 
