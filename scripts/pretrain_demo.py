@@ -392,7 +392,7 @@ def write_card(output: Path) -> None:
     lines = [
         "# The embedded backbones",
         "",
-        "Made by `python scripts/pretrain_demo.py` from `data/scenes.py` alone, which also wrote this page. bf16, loaded as fp32. Measured after rounding, on "
+        "Made by `python scripts/pretrain_demo.py` from `data/scenes.py` alone, which also wrote this page. bf16, loaded as fp32. Seconds are wall time beside other work. Measured after rounding, on "
         f"{TEST_SCENES} scenes of (colour, shape) pairs seen in training and on {TEST_SCENES} with a pair that was never seen. Chance of a retrieval is {1 / TEST_SCENES:.1%}.",
     ]
     for path, name in files.items():
