@@ -145,13 +145,13 @@ def plot_curves(curves: dict[str, list[float]], captions: ScoredCaptions, path: 
         (cider_axis, "oracle_CIDEr", "of the best sample (oracle)", "#e3b08f"),
     ):
         axis.plot(curves["k"], curves[name], color=colour, marker="o", markersize=4, label=label)
-    for axis, title in ((clip_axis, "CLIPScore of the choice"), (cider_axis, "CIDEr")):
+    for axis, title, corner in ((clip_axis, "CLIPScore of the choice", "lower right"), (cider_axis, "CIDEr", "upper left")):
         axis.set_title(title, loc="left", fontsize="medium")
         axis.set_xlabel("samples to choose from (k)")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.12)
-        axis.legend(fontsize="small", frameon=False)
+        axis.legend(fontsize="small", frameon=False, loc=corner)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -167,7 +167,7 @@ class Trainer:
     def report_facts(self) -> dict[str, str]:
         """What the run's report says about the run."""
         settings = self.settings
-        adapters = f"rank {settings.lora_rank} on {', '.join(settings.lora_targets)}" if settings.lora_targets else "none"
+        adapters = f"rank {settings.lora_rank} on {', '.join(settings.lora_targets)} of {', '.join(settings.lora_where)}" if settings.lora_targets else "none"
         return {
             "image encoder": self.facts["vision"]["name"],
             "decoder": Path(self.facts["text"]["name"]).name,

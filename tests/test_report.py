@@ -419,7 +419,7 @@ def test_the_browser_draws_thousands_of_cards_as_it_scrolls(browser, tmp_path):
 
 
 def test_the_browser_shows_a_training_report(browser, tiny_flags, tmp_path):
-    assert run_training(tiny_flags) == 0
+    assert run_training([*tiny_flags, "--eval-every", "2"]) == 0
     result = browser(tmp_path / "run" / "report.html", """
         await Promise.all(all("img").map((image) => image.decode()));
         result.pictures = all(".card img").map((image) => image.naturalWidth);
