@@ -178,7 +178,7 @@ def test_training_writes_what_every_evaluation_said(tiny_flags, tiny_data, tmp_p
         assert [(one["name"], one["caption"]) for one in item["decoded"]] == expected
         assert len(item["references"]) == 2 and image_of(item["image"]).size == (40, 30)
     facts = dict(data["facts"])
-    assert facts["image encoder"] == "ViT-Tiny-Scenes" and facts["LoRA"] == "rank 8 on attn, ffn" and str(tmp_path) not in json.dumps(facts)
+    assert facts["image encoder"] == "ViT-Tiny-Scenes" and facts["LoRA"] == "rank 8 on attn, ffn of decoder" and str(tmp_path) not in json.dumps(facts)
 
 
 def test_a_training_report_without_its_pictures(tiny_flags, tiny_data, tmp_path):
