@@ -88,16 +88,17 @@ class Settings:
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
     report_to: str = setting("none", "also send the numbers of metrics.jsonl to a tracker", TRACKERS)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = setting(None, "CPU threads of a product, if not PyTorch's choice")
     resume: str | None = setting(None, "go on with this interrupted run, with its own settings")
     output: str | None = setting(None, "run directory (runs/PRESET-DATE-TIME if not given)")
     json: str | None = setting(None, "write a summary to this file, or - for stdout")
 
 
-# The tiny models of the demo are faster in fp32 than in bf16: at their size, conversions cost more than products.
+# At the size of the demo's models, conversions to bf16 and waiting for a second thread cost more than products.
 PRESETS = {
     "demo": dict(
         vision="ViT-Tiny-Scenes:demo", text="t5-tiny-scenes", lora_where=("decoder", "vision"), lora_dropout=0.0, captions_per_image="all", precision="fp32",
-        epochs=2, eval_every=250, eval_images=300, batch_size=8, lr=3e-3, warmup_ratio=0.1, schedule="cosine",
+        threads=1, max_steps=800, eval_every=400, eval_images=300, batch_size=8, lr=3e-3, warmup_ratio=0.1, schedule="cosine",
     ),
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
@@ -117,8 +118,9 @@ def get_lr(step: int, total: int, settings: Settings) -> float:
 def check(settings: Settings) -> None:
     """Refuse settings that contradict each other; raises UsageError."""
     cli.require_positive(
-        settings, "epochs", "batch_size", "grad_accumulation", "eval_images", "log_every", "max_caption_tokens", "vocab_size", "limit", "max_steps", "eval_every"
-    )
+        settings, "epochs", "batch_size", "grad_accumulation", "eval_images", "log_every", "max_caption_tokens", "vocab_size", "limit", "max_steps", "eval_every",
+        "threads",
+    )  # fmt: skip
     if settings.cache_features and ("vision" in settings.train_base or (settings.lora_targets and "vision" in settings.lora_where)):
         raise UsageError("--cache-features needs a frozen image encoder: drop vision from --train-base and --lora-where")
     if not 0 <= settings.warmup_ratio <= 1:
@@ -132,7 +134,7 @@ def resolve(argv: list[str] | None) -> Settings:
     settings = cli.parse_settings(Settings, argv, __doc__, PRESETS)
     if settings.resume:
         saved = checkpoint.read_config(settings.resume)["settings"]
-        extra = sorted(settings.given - {"resume", "device", "workers", "json", "preset"})
+        extra = sorted(settings.given - {"resume", "device", "workers", "threads", "json", "preset"})
         if extra:
             raise UsageError(f"--resume keeps the settings of the run; remove --{extra[0].replace('_', '-')}")
         restored = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
@@ -152,8 +154,11 @@ def resolve(argv: list[str] | None) -> Settings:
         settings.text_config = None
     elif "text_config" in settings.given:
         settings.text = None
-    if "lora_where" not in settings.given and (settings.cache_features or settings.given & {"vision", "base"}):
-        settings.lora_where = Settings.lora_where  # a preset adapts the image encoder only where that is its own, and live
+    # A preset adapts the image encoder only where that is its own, and live; and its threads suit its own sizes.
+    if not settings.resume and "lora_where" not in settings.given and (settings.cache_features or settings.given & {"vision", "base"}):
+        settings.lora_where = Settings.lora_where
+    if "threads" not in settings.given and settings.given & {"vision", "text", "text_config", "base"}:
+        settings.threads = Settings.threads
     check(settings)
     return absolute_paths(settings)
 
@@ -216,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(settings.seed)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     train_rows = read(settings.data, settings.train_split)[: settings.limit]
     val_rows = read(settings.data, settings.val_split)[: settings.limit][: settings.eval_images]
     run = new_run_directory(settings)
