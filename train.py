@@ -98,7 +98,7 @@ class Settings:
 PRESETS = {
     "demo": dict(
         vision="ViT-Tiny-Scenes:demo", text="t5-tiny-scenes", lora_where=("decoder", "vision"), lora_dropout=0.0, captions_per_image="all", precision="fp32",
-        threads=1, max_steps=800, eval_every=400, eval_images=300, batch_size=8, lr=3e-3, warmup_ratio=0.1, schedule="cosine",
+        threads=1, epochs=2, max_steps=800, eval_every=400, eval_images=300, batch_size=8, lr=3e-3, warmup_ratio=0.1, schedule="cosine",
     ),
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
@@ -154,13 +154,21 @@ def resolve(argv: list[str] | None) -> Settings:
         settings.text_config = None
     elif "text_config" in settings.given:
         settings.text = None
-    # A preset adapts the image encoder only where that is its own, and live; and its threads suit its own sizes.
-    if not settings.resume and "lora_where" not in settings.given and (settings.cache_features or settings.given & {"vision", "base"}):
-        settings.lora_where = Settings.lora_where
-    if "threads" not in settings.given and settings.given & {"vision", "text", "text_config", "base"}:
-        settings.threads = Settings.threads
+    if not settings.resume:
+        fit_preset(settings)
     check(settings)
     return absolute_paths(settings)
+
+
+def fit_preset(settings: Settings) -> None:
+    """Take back what a preset sets for its own backbones and data alone, where others are given."""
+    backbones = settings.given & {"vision", "text", "text_config", "base"}
+    if "lora_where" not in settings.given and (settings.cache_features or settings.given & {"vision", "base"}):
+        settings.lora_where = Settings.lora_where
+    if "threads" not in settings.given and backbones:
+        settings.threads = Settings.threads
+    if "max_steps" not in settings.given and (backbones or settings.given & {"data", "limit", "epochs"}):
+        settings.max_steps = Settings.max_steps
 
 
 def absolute_paths(settings: Settings) -> Settings:

@@ -74,6 +74,18 @@ def test_the_whole_picture_can_be_asked_for(tiny_flags, tmp_path):
     assert transform.seen_box(picture) == (0, 0, 1, 1) and transform(picture).shape == (3, 16, 16)
 
 
+def test_the_demo_preset_is_for_its_own_backbones_and_data():
+    demo = train.resolve([])
+    assert demo.vision == "ViT-Tiny-Scenes:demo" and demo.lora_where == ("decoder", "vision") and demo.threads == 1 and demo.max_steps == 800
+    assert not demo.train_base, "only bridge and LoRA"
+    other = train.resolve(["--vision", "ViT-B-32"])
+    assert other.lora_where == ("decoder",) and other.threads is None and other.max_steps is None
+    assert train.resolve(["--epochs", "1"]).max_steps is None and train.resolve(["--limit", "8"]).max_steps is None
+    assert train.resolve(["--cache-features", "x"]).lora_where == ("decoder",)
+    kept = train.resolve(["--vision", "ViT-B-32", "--lora-where", "vision", "--threads", "2", "--max-steps", "3"])
+    assert kept.lora_where == ("vision",) and kept.threads == 2 and kept.max_steps == 3
+
+
 def test_it_learns_eight_pictures(tiny_flags, tiny_data, tmp_path):
     flags = [*tiny_flags, "--captions-per-image", "all", "--batch-size", "8", "--max-steps", "250", "--lr", "3e-3", "--warmup-ratio", "0.1", "--train-base", "text",
              "--eval-every", "250", "--schedule", "cosine"]  # fmt: skip
