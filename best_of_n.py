@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from captioner import cli, scoring
 from captioner.cli import say, setting
 from captioner.decoding import (
-    REPORT_IMAGES, OpenRun, RunSettings, Stopped, are_scenes, attend, no_captions, open_run, picture, until_stopped, weights_hash,
+    REPORT_IMAGES, OpenRun, RunSettings, Stopped, are_scenes, attend, no_captions, open_run, until_stopped, weights_hash,
 )  # fmt: skip
 from captioner.files import write_json, write_text
 from captioner.journal import Journal
@@ -141,10 +141,9 @@ def write_report(
 
     def items() -> Iterator["report.Item"]:
         for row, line in progress(list(zip(captions.rows[: len(shown)], shown, strict=True)), "report"):
-            image = picture(row)
             decoded = [report.Decoded(f"best of {settings.n}", line["caption"], item_scores(line), *attention.get(row.id, ()))]
             decoded += [report.Decoded(name, line[name]["caption"], item_scores(line[name])) for name in ("greedy", "beam", "sample", "oracle")]
-            yield report.Item(row.id, image, line["references"], decoded, run.transform.seen_box(image) if image else (0, 0, 1, 1))
+            yield report.item_of(row, decoded, run.transform)
 
     facts = {
         "run": str(run.path), "split": f"{settings.split}, {len(lines)} images", "samples": f"{settings.n} an image, seed {settings.seed}",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from captioner import cli, comparison, scoring
 from captioner.cli import progress, repeated, say, setting
-from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, no_captions, open_run, picture
+from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, no_captions, open_run
 from captioner.errors import UsageError, UserError
 from captioner.files import write_json, write_text
 
@@ -159,11 +159,9 @@ def write_report(settings: Settings, run: OpenRun, directory: Path, rows: list[d
 
     def items() -> Iterator["report.Item"]:
         for row in progress(rows[:REPORT_IMAGES], "report"):
-            source = by_id[row["image_id"]]
-            image = picture(source)
             words, maps = attention[row["image_id"]]
             decoded = report.Decoded(settings.decode, row["caption"], scoring.item_scores(row), words, maps)
-            yield report.Item(row["image_id"], image, row["references"], [decoded], run.transform.seen_box(image) if image else (0, 0, 1, 1))
+            yield report.item_of(by_id[row["image_id"]], [decoded], run.transform)
 
     facts = {
         "run": str(run.path), "split": f"{settings.split}, {len(rows)} images", "decoding": settings.decode, "tokenize": settings.tokenize,

@@ -3,7 +3,6 @@
 torch is imported when a run is opened, so that a command's flags, help and errors come at once.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from captioner.cli import progress, setting
 from captioner.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -113,7 +113,7 @@ def open_run(settings: RunSettings) -> OpenRun:
     return OpenRun(path, config, model, tokenizer, transform, rows, CaptionDataset(rows, transform, store), ledger, device, precision)
 
 
-def attend(run: OpenRun, batch: dict, captions: Sequence[str]) -> "list[tuple[list[str], Tensor | None]]":
+def attend(run: OpenRun, batch: dict, captions: Sequence[str]) -> "list[tuple[list[str], np.ndarray | None]]":
     """(words, maps of where the decoder looks while it writes them) of a finished caption for each image of a batch."""
     import torch
 
@@ -141,15 +141,6 @@ def weights_hash(run: OpenRun, checkpoint: str | None) -> str:
 def are_scenes(rows: "Sequence[Row]") -> bool:
     """Whether every picture is a drawn scene, whose truth is known."""
     return all(hasattr(row.image, "scene") for row in rows)
-
-
-def picture(row: "Row"):
-    """The row's image for a report; None where it cannot be read."""
-    from data.images import BadImage
-
-    with contextlib.suppress(BadImage):
-        return row.image.open()
-    return None
 
 
 class Stopped(Exception):

@@ -21,6 +21,7 @@ from captioner.errors import UserError
 from captioner.files import describe_os_error, replacing, write_text
 from data.images import BadImage
 from data.rows import Row
+from data.transforms import ImageTransform
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 160, 65
@@ -47,6 +48,16 @@ class Item:
     references: list[str]
     decoded: list[Decoded]
     seen_box: tuple[float, float, float, float] = (0, 0, 1, 1)
+
+
+def item_of(row: Row, decoded: list[Decoded], transform: ImageTransform | None = None) -> Item:
+    """The item of a data row, without a picture where it cannot be read. transform: that of the encoder over whose tokens the maps are."""
+    references = list(row.captions)
+    try:
+        image = row.image.open()
+    except BadImage:
+        return Item(row.id, None, references, decoded)
+    return Item(row.id, image, references, decoded, transform.seen_box(image)) if transform else Item(row.id, image, references, decoded)
 
 
 def write_report(path: str | Path, title: str, facts: dict[str, str], table: list[dict], items: Iterable[Item], plots: dict[str, Path]) -> None:
@@ -84,7 +95,7 @@ def write_training_report(run: Path, facts: dict[str, str], rows: Iterable[Row])
             captions.setdefault(shown["id"], []).append(Decoded(f"step {line['step']}", shown["caption"]))
     table = [{"step": str(line["step"]), "loss": line["loss"], "CIDEr": line["CIDEr"], "images": line["n"]} for line in evaluations]
     found = {row.id: row for row in rows if row.id in captions}
-    items = (Item(name, _open(found[name]), list(found[name].captions), decoded) for name, decoded in captions.items() if name in found)
+    items = (item_of(found[name], decoded) for name, decoded in captions.items() if name in found)
     write_report(run / "report.html", f"Training of {run.name}", facts, table, items, training_plot(run))
 
 
@@ -118,13 +129,6 @@ def plot_losses(run: Path) -> None:
 
 def _metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _open(row: Row) -> Image.Image | None:
-    try:
-        return row.image.open()
-    except BadImage:
-        return None
 
 
 def _item(item: Item) -> dict:

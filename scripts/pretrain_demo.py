@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from captioner import demo, generate, weights
 from captioner.backbones import build_text
 from captioner.clip_score import PROMPT, load_scorer
+from captioner.errors import UserError
 from captioner.files import replacing, save_tensors, write_json, write_text
 from captioner.runtime import choose_device
 from captioner.t5 import T5, T5Config
@@ -47,7 +48,7 @@ from captioner.vit import clip_config
 from data.scene_facts import judge
 from data.scene_language import captions, describe
 from data.scene_questions import questions
-from data.scenes import BACKGROUND_COLOURS, BACKGROUND_KINDS, COLOURS, HELD_OUT, SHAPES, SPLITS, Scene, draw, make_scene
+from data.scenes import BACKGROUND_COLOURS, BACKGROUND_KINDS, COLOURS, SHAPES, SPLITS, Scene, draw, make_scene
 from data.transforms import ImageTransform
 
 CLIP_NAME, TEXT_NAME = "ViT-Tiny-Scenes", "t5-tiny-scenes"
@@ -148,7 +149,7 @@ CHANGES = (recolour, recolour, reshape, reshape, shrink, swap_colours, swap_colo
 
 
 def fit(model: nn.Module, loss_of_step: Callable[[int], Tensor], recipe: dict, name: str) -> float:
-    """AdamW with a short warm-up and a cosine; returns the seconds taken. Raises UserError on a non-finite loss through `cli`."""
+    """AdamW with a short warm-up and a cosine; returns the seconds taken. Raises UserError at the first loss that is not finite."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": recipe["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
@@ -166,6 +167,8 @@ def fit(model: nn.Module, loss_of_step: Callable[[int], Tensor], recipe: dict, n
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         window.append(loss.item())
+        if not math.isfinite(window[-1]):
+            raise UserError(f"{name}: non-finite loss at step {step + 1}")
         if (step + 1) % 50 == 0 or step + 1 == steps:
             seconds = time.perf_counter() - started
             say(f"{name}: step {step + 1}/{steps}, loss {sum(window) / len(window):.4f}, {seconds:.0f} s, {seconds / (step + 1) * (steps - step - 1):.0f} s left")

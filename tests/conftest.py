@@ -72,3 +72,19 @@ def trained(tiny_flags, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     assert train.main([*tiny_flags, "--max-steps", "30", "--lr", "5e-3", "--eval-every", "30", "--output", str(tmp_path / "runs" / "tiny")]) == 0
     return tmp_path / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def train_scenes():
+    """1,500 rows of drawn scenes to train on."""
+    from data import scenes
+
+    return scenes.split("train", 1500)
+
+
+@pytest.fixture(scope="session")
+def val_scenes():
+    """All rows of the validation scenes, half of them with a held-out pair."""
+    from data import scenes
+
+    return scenes.split("val")

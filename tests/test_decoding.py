@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from captioner import cli, generate
-from captioner.decoding import RunSettings, Stopped, are_scenes, attend, open_run, picture, until_stopped, weights_hash
+from captioner.decoding import RunSettings, Stopped, are_scenes, attend, open_run, until_stopped, weights_hash
+from captioner.report import item_of
 from data import scenes
 
 
@@ -74,6 +75,6 @@ def test_a_loop_stops_after_the_item_in_hand():
 def test_scenes_are_told_from_photographs(opened):
     rows = scenes.split("val", 2)
     assert are_scenes(rows) and not are_scenes(opened.rows) and not are_scenes([*rows, opened.rows[0]])
-    assert picture(rows[0]).size[0] > 0
+    assert item_of(rows[0], []).image.size[0] > 0
     opened.rows[0].image.path.write_bytes(b"")
-    assert picture(opened.rows[0]) is None
+    assert item_of(opened.rows[0], []).image is None

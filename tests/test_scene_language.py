@@ -43,16 +43,6 @@ BACKGROUND = {
 }
 
 
-@pytest.fixture(scope="module")
-def train():
-    return scenes.split("train", 1500)
-
-
-@pytest.fixture(scope="module")
-def val():
-    return scenes.split("val")
-
-
 def matching(scene, phrase):
     return [
         item
@@ -135,19 +125,19 @@ def check(caption, scene):
     return kinds
 
 
-def test_every_caption_is_true(train, val):
+def test_every_caption_is_true(train_scenes, val_scenes):
     kinds = Counter()
-    for row in [*train, *val]:
+    for row in [*train_scenes, *val_scenes]:
         for caption in row.captions:
             kinds += check(caption, row.image.scene)
     for kind in ("count", "relation", "between", "list", "place", "background"):
         assert kinds[kind] > 100, kinds
 
 
-def test_the_checker_notices_lies(train):
+def test_the_checker_notices_lies(train_scenes):
     """Captions of another scene, and relations turned round, are nearly always refused."""
     refused = total = 0
-    for row, other in zip(train[:300], train[1:301], strict=True):
+    for row, other in zip(train_scenes[:300], train_scenes[1:301], strict=True):
         for caption in other.captions:
             total += 1
             try:
@@ -156,7 +146,7 @@ def test_the_checker_notices_lies(train):
                 refused += 1
     assert refused > 0.97 * total
     swap = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-    for row in train[:300]:
+    for row in train_scenes[:300]:
         for caption in row.captions:
             for word, opposite in swap.items():
                 if caption.count(word) == 1:
@@ -164,12 +154,12 @@ def test_the_checker_notices_lies(train):
                         check(caption.replace(word, opposite), row.image.scene)
 
 
-def test_captions_are_many_different_and_few_words(train):
-    assert all(len(row.captions) == 5 == len(set(row.captions)) for row in train)
-    words = {word for row in train for caption in row.captions for word in re.findall(r"[a-z]+", caption)}
+def test_captions_are_many_different_and_few_words(train_scenes):
+    assert all(len(row.captions) == 5 == len(set(row.captions)) for row in train_scenes)
+    words = {word for row in train_scenes for caption in row.captions for word in re.findall(r"[a-z]+", caption)}
     assert 80 <= len(words) <= 120
-    assert all(re.fullmatch(r"[a-z]+([,:]? [a-z]+)*", caption) for row in train for caption in row.captions)
-    starts = {" ".join(caption.split()[:2]) for row in train for caption in row.captions}
+    assert all(re.fullmatch(r"[a-z]+([,:]? [a-z]+)*", caption) for row in train_scenes for caption in row.captions)
+    starts = {" ".join(caption.split()[:2]) for row in train_scenes for caption in row.captions}
     assert len(starts) > 60
 
 
@@ -183,15 +173,15 @@ def background_name(scene):
     return BACKGROUND_NAMES[scene.background.kind].format(scene.background.colour)
 
 
-def test_a_description_tells_everything(train, val):
-    for row in [*train, *val]:
+def test_a_description_tells_everything(train_scenes, val_scenes):
+    for row in [*train_scenes, *val_scenes]:
         scene = row.image.scene
         objects, background = describe(scene, random.Random(row.id)).split(" on ")
         assert background == background_name(scene)
         listed = [re.fullmatch(rf"(small|large) ({COLOUR}) ({SHAPE}) at ([0-9]) ([0-9])", text).groups() for text in objects.split(", ")]
         truth = [(item.size, item.colour, item.shape, str(math.floor(10 * item.x)), str(math.floor(10 * item.y))) for item in scene.objects]
         assert sorted(listed) == sorted(truth)
-    several = next(row.image.scene for row in train if len(row.image.scene.objects) == 4)
+    several = next(row.image.scene for row in train_scenes if len(row.image.scene.objects) == 4)
     assert len({describe(several, random.Random(seed)) for seed in range(60)}) > 12
     assert describe(several, random.Random(1)) == describe(several, random.Random(1))
 
@@ -281,10 +271,10 @@ def right_answer(question, scene):
     return "shape", the_one(scene, question.removeprefix("what is ")).shape
 
 
-def test_every_question_has_the_right_answer(train, val):
+def test_every_question_has_the_right_answer(train_scenes, val_scenes):
     rng, answers = random.Random(0), {}
-    vocabulary = {word for row in train for caption in row.captions for word in re.findall("[a-z]+", caption)}
-    for row in [*train, *val]:
+    vocabulary = {word for row in train_scenes for caption in row.captions for word in re.findall("[a-z]+", caption)}
+    for row in [*train_scenes, *val_scenes]:
         for question, answer in questions(row.image.scene, rng, 8):
             kind, right = right_answer(question, row.image.scene)
             assert answer == right, (question, answer, row.image.scene)
@@ -298,10 +288,10 @@ def test_every_question_has_the_right_answer(train, val):
     assert answers["colour"].keys() == COLOURS.keys()
 
 
-def test_a_wrong_no_is_near_the_truth_and_never_gives_held_out_pairs_away(train):
+def test_a_wrong_no_is_near_the_truth_and_never_gives_held_out_pairs_away(train_scenes):
     """Training questions name no held-out pair; half of the absent things swap one word for another object's."""
     rng, near, absent = random.Random(0), 0, 0
-    for row in train:
+    for row in train_scenes:
         scene = row.image.scene
         for question, answer in questions(scene, rng, 8):
             words = question.split()

@@ -13,56 +13,46 @@ from data.rows import DataError
 from data.scene_truth import is_at, is_between
 
 
-@pytest.fixture(scope="module")
-def train():
-    return scenes.split("train", 1500)
-
-
-@pytest.fixture(scope="module")
-def val():
-    return scenes.split("val")
-
-
-def test_a_scene_is_a_function_of_seed_split_and_index(train):
+def test_a_scene_is_a_function_of_seed_split_and_index(train_scenes):
     again = scenes.split("train", 30)
-    assert again == train[:30]
-    for row, other in zip(again, train, strict=False):
+    assert again == train_scenes[:30]
+    for row, other in zip(again, train_scenes, strict=False):
         assert row.image.open().tobytes() == other.image.open().tobytes()
         assert row.image.fingerprint() == other.image.fingerprint()
-    assert scenes.split("train", 5, seed=1) != train[:5]
+    assert scenes.split("train", 5, seed=1) != train_scenes[:5]
     assert scenes.make_scene("val", 0) != scenes.make_scene("train", 0)
-    assert scenes.make_scene("train", 29) == train[29].image.scene
-    assert len({row.image.fingerprint() for row in train}) == len(train)
-    assert scenes.split("train", 1, size=32)[0].image.fingerprint() != train[0].image.fingerprint()
+    assert scenes.make_scene("train", 29) == train_scenes[29].image.scene
+    assert len({row.image.fingerprint() for row in train_scenes}) == len(train_scenes)
+    assert scenes.split("train", 1, size=32)[0].image.fingerprint() != train_scenes[0].image.fingerprint()
 
 
-def test_another_process_draws_the_same(train):
+def test_another_process_draws_the_same(train_scenes):
     program = (
         "from data import scenes\n"
         "row = scenes.split('train', 8)[7]\n"
         "print(row.captions, row.image.open().tobytes()[::97].hex())"
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-    assert printed == f"{train[7].captions} {train[7].image.open().tobytes()[::97].hex()}"
+    assert printed == f"{train_scenes[7].captions} {train_scenes[7].image.open().tobytes()[::97].hex()}"
 
 
-def test_held_out_pairs_are_never_in_train_and_in_half_of_val(train, val):
-    assert not any(row.image.scene.held_out for row in train)
-    pairs = {(item.colour, item.shape) for row in train for item in row.image.scene.objects}
+def test_held_out_pairs_are_never_in_train_and_in_half_of_val(train_scenes, val_scenes):
+    assert not any(row.image.scene.held_out for row in train_scenes)
+    pairs = {(item.colour, item.shape) for row in train_scenes for item in row.image.scene.objects}
     assert pairs == {(colour, shape) for colour in scenes.COLOURS for shape in scenes.SHAPES} - scenes.HELD_OUT
-    assert [row.image.scene.held_out for row in val] == [index % 2 == 1 for index in range(len(val))]
-    shown = {(item.colour, item.shape) for row in val for item in row.image.scene.objects}
+    assert [row.image.scene.held_out for row in val_scenes] == [index % 2 == 1 for index in range(len(val_scenes))]
+    shown = {(item.colour, item.shape) for row in val_scenes for item in row.image.scene.objects}
     assert shown >= scenes.HELD_OUT
     assert not {" ".join(pair) for pair in scenes.HELD_OUT} & {
         " ".join(pair)
-        for row in train
+        for row in train_scenes
         for caption in row.captions
         for pair in zip(caption.split(), caption.split()[1:], strict=False)
     }
 
 
-def test_objects_keep_their_distance_and_stay_inside(train):
-    for row in train:
+def test_objects_keep_their_distance_and_stay_inside(train_scenes):
+    for row in train_scenes:
         objects = row.image.scene.objects
         assert 1 <= len(objects) <= 4
         for index, a in enumerate(objects):
@@ -79,9 +69,9 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
-def test_objects_stand_out_from_their_background_and_show_their_colour(train):
+def test_objects_stand_out_from_their_background_and_show_their_colour(train_scenes):
     """An object's colour differs from nearly all of the background by far more than CIELAB's just noticeable 2.3."""
-    for row in train[:600]:
+    for row in train_scenes[:600]:
         scene = row.image.scene
         background = lab(np.asarray(scenes.draw(scenes.Scene((), scene.background), 64)).reshape(-1, 3).astype(float))
         picture = lab(np.asarray(row.image.open()).astype(float))
@@ -100,9 +90,9 @@ def test_objects_stand_out_from_their_background_and_show_their_colour(train):
 
 
 @pytest.mark.parametrize("size", [16, 64, 100, 224])
-def test_pictures_of_any_size_show_the_same_scene(train, size):
-    small = np.asarray(train[4].image.open().resize((16, 16)), dtype=float)
-    picture = scenes.draw(train[4].image.scene, size)
+def test_pictures_of_any_size_show_the_same_scene(train_scenes, size):
+    small = np.asarray(train_scenes[4].image.open().resize((16, 16)), dtype=float)
+    picture = scenes.draw(train_scenes[4].image.scene, size)
     assert picture.size == (size, size) and picture.mode == "RGB"
     assert np.abs(np.asarray(picture.resize((16, 16)), dtype=float) - small).mean() < 6
 
@@ -147,9 +137,9 @@ def test_questions_to_the_truth():
     assert not is_between(red, red, blue)
 
 
-def test_rows(val):
-    assert [row.id for row in val[:2]] == ["scene-val-00000", "scene-val-00001"]
-    assert val[0].image.name == "scene-val-00000"
-    assert pickle.loads(pickle.dumps(val[0])) == val[0]
+def test_rows(val_scenes):
+    assert [row.id for row in val_scenes[:2]] == ["scene-val-00000", "scene-val-00001"]
+    assert val_scenes[0].image.name == "scene-val-00000"
+    assert pickle.loads(pickle.dumps(val_scenes[0])) == val_scenes[0]
     with pytest.raises(DataError, match="no split 'dev' of scenes: choose from train, val, test"):
         scenes.split("dev")
