@@ -4,7 +4,8 @@ The decoder of `t5.py` runs whole texts and knows nothing of this; a step runs i
 read one image are the query axis of one attention call, so the memory's keys and values are computed once per image and never copied, however
 many beams or samples there are. Products take the form that is fastest for few rows on a CPU.
 
-Legend: B images, G rows (beams or samples) of each, R = B * G, N image tokens, S positions so far, D width, H heads, K head dim, V vocabulary.
+Legend: B images, G rows (beams or samples) of each, R = B * G, N image tokens, P tokens of the decoder's prefix, S positions so far, D width, H heads, K head
+dim, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -49,9 +50,9 @@ class Linears:
 
 
 class LayerCache:
-    """One decoder layer: a step through it, `memory`'s keys and values, and those of the tokens so far in room reserved once."""
+    """One decoder layer: a step through it, `memory`'s keys and values, and those of the prefix and the tokens so far in room reserved once."""
 
-    def __init__(self, block: Block, memory: Tensor, rows: int, slots: int, capacity: int):
+    def __init__(self, block: Block, memory: Tensor, rows: int, slots: int, capacity: int, prefix: int = 0):
         self.block = block
         self.self_qkv = Linears(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         self.self_out = Linears(block.self_attn.o_proj)
@@ -62,24 +63,33 @@ class LayerCache:
         keys, values = block.cross_attn.keys_values(memory)
         self.memory = keys.contiguous(), values.contiguous()  # each (B, H, N, K)
         batch, heads, _, head_dim = keys.shape
-        self.rows, self.slots, self.length, self.inner = rows, slots, 0, heads * head_dim
-        self.tokens = keys.new_empty(batch * rows, 2, heads, capacity * slots, head_dim)  # keys and values
+        self.rows, self.slots, self.prefix, self.length, self.inner = rows, slots, prefix, 0, heads * head_dim
+        self.tokens = keys.new_empty(batch * rows, 2, heads, prefix + capacity * slots, head_dim)  # keys and values
+
+    def prefill(self, x: Tensor, self_bias: Tensor, memory: Tensor, memory_bias: Tensor | None) -> Tensor:
+        """The whole prefix at once, the same for all rows of an image: (B, P, D) → (B, P, D)."""
+        for index, part in enumerate(self.block.self_attn.keys_values(self.block.self_attn_norm(x))):  # each (B, H, P, K)
+            self.tokens[:, index, :, : self.prefix] = part.repeat_interleave(self.rows, dim=0)
+        return self.block(x, self_bias, memory, memory_bias)
 
     def step(self, x: Tensor, self_bias: Tensor, memory_bias: Tensor | None) -> Tensor:
         """One token of every row, (R, D) → (R, D): `t5.Block` in eval mode."""
         block = self.block
-        queries, keys_values = self.self_qkv(_normalize(block.self_attn_norm, x)).tensor_split((self.inner,), dim=-1)
+        normed = _normalize(block.self_attn_norm, x)
+        queries, keys_values = self.self_qkv(normed).tensor_split((self.inner,), dim=-1)
         keys, values = self.append(keys_values)
-        x = x + self.self_out(block.self_attn.attend(queries, keys, values, self_bias))
-        queries = self.cross_query(_normalize(block.cross_attn_norm, x))
-        x = x + self.cross_out(block.cross_attn.attend(queries, *self.memory, memory_bias))
-        hidden = self.mlp_in(_normalize(block.mlp_norm, x))
-        return x + self.mlp_out(block.mlp.activate(*hidden.chunk(len(block.mlp.inputs), dim=-1)))
+        x = block.self_attn_residual(x, self.self_out(block.self_attn.attend(queries, keys, values, self_bias)), normed)
+        normed = _normalize(block.cross_attn_norm, x)
+        queries = self.cross_query(normed)
+        x = block.cross_attn_residual(x, self.cross_out(block.cross_attn.attend(queries, *self.memory, memory_bias)), normed)
+        normed = _normalize(block.mlp_norm, x)
+        hidden = self.mlp_in(normed)
+        return block.mlp_residual(x, self.mlp_out(block.mlp.activate(*hidden.chunk(len(block.mlp.inputs), dim=-1))), normed)
 
     def append(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token of every row, (R, 2*H*K); returns keys and values of all so far, each (B*rows, H, S*slots, K)."""
+        """Store one token of every row, (R, 2*H*K); returns keys and values of all so far, each (B*rows, H, P + S*slots, K)."""
         batch, _, heads, _, head_dim = self.tokens.shape
-        start, end = self.length * self.slots, (self.length + 1) * self.slots
+        start, end = (self.prefix + length * self.slots for length in (self.length, self.length + 1))
         self.tokens[:, :, :, start:end] = keys_values.reshape(batch, self.slots, 2, heads, head_dim).permute(0, 2, 3, 1, 4)
         self.length += 1
         return self.tokens[:, :, :, :end].unbind(1)
@@ -98,12 +108,18 @@ class DecoderCache:
     """
 
     def __init__(self, text: T5, memory: Tensor, group: int, capacity: int, memory_mask: Tensor | None = None, slots: int = 1):
-        self.text, self.capacity = text, capacity
+        self.text = text
         memory = memory.to(text.embedding.weight.dtype)
-        self.layers = [LayerCache(block, memory, group // slots, slots, capacity) for block in text.decoder.blocks]
+        prefix = None if text.decoder.prefix is None else text.decoder.prefix(len(memory)).to(memory.dtype)  # (B, P, D)
+        self.prefix = 0 if prefix is None else prefix.shape[1]
+        self.layers = [LayerCache(block, memory, group // slots, slots, capacity, self.prefix) for block in text.decoder.blocks]
         self.lm_head = Linears(text.lm_head)
-        self.position_bias = text.decoder.position_bias(1, capacity).to(memory.dtype)  # (1, H, 1, capacity), last column = distance 0
+        self.position_bias = text.decoder.position_bias(1, self.prefix + capacity).to(memory.dtype)  # (1, H, 1, P + capacity), last column = distance 0
         self.memory_bias = None if memory_mask is None else mask_bias(memory_mask, memory.dtype)
+        if prefix is not None:
+            bias = text.decoder.self_bias(self.prefix, None).to(memory.dtype)
+            for layer in self.layers:
+                prefix = layer.prefill(prefix, bias, memory, self.memory_bias)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The next token of every row, (R,) → logits of the one after it, (R, V)."""
@@ -119,8 +135,8 @@ class DecoderCache:
 
     @property
     def self_bias(self) -> Tensor:
-        """Additive bias of the next position over all positions up to itself: (1, H, 1, S + 1)."""
-        return self.position_bias[..., self.capacity - self.length - 1 :]
+        """Additive bias of the next position over the prefix and all positions up to itself: (1, H, 1, P + S + 1)."""
+        return self.position_bias[..., -(self.prefix + self.length + 1) :]
 
     def select(self, images: Tensor) -> None:
         """Keep only these images, given by index."""
@@ -142,10 +158,11 @@ class BeamCache(DecoderCache):
 
     @property
     def self_bias(self) -> Tensor:
-        """Additive bias of the beams' next position over all slots: (B, H, G, (S + 1) * G)."""
-        bias = super().self_bias[..., None]  # (1, H, 1, S + 1, 1)
+        """Additive bias of the beams' next position over the prefix and all slots: (B, H, G, P + (S + 1) * G)."""
+        prefix, bias = super().self_bias.tensor_split((self.prefix,), dim=-1)
         visible = (self.ancestors[..., None] == self.own_slot)[:, None]  # (B, 1, G, S + 1, G)
-        return torch.where(visible, bias, torch.finfo(bias.dtype).min).flatten(-2)
+        bias = torch.where(visible, bias[..., None], torch.finfo(bias.dtype).min).flatten(-2)
+        return torch.cat([prefix.expand(*bias.shape[:3], -1), bias], dim=-1) if self.prefix else bias
 
     def branch(self, parents: Tensor) -> None:
         """Beam g of the next step continues beam parents[:, g] of this one; parents (B, G)."""

@@ -1,8 +1,9 @@
 """The captioner: image encoder → linear bridge → T5 decoder.
 
-Legend: B images, G captions per image, N image tokens, T text tokens, D decoder width, V vocabulary.
+Legend: B images, G captions per image, N image tokens, P tokens of an instruction to T5's encoder, T text tokens, D decoder width, V vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +20,17 @@ class Captioner(nn.Module):
         self.text = text
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) → memory (B, N, D)."""
-        return self.bridge(self.vision(pixel_values))
+        """(B, 3, H, W) → memory (B, N, D); see `read`."""
+        return self.read(self.vision(pixel_values))
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Image tokens (B, N, D_vision) → memory (B, N, D); where T5's encoder has a prefix, its reading follows: (B, N + P, D)."""
+        memory = self.bridge(tokens)
+        if self.text.encoder is None or self.text.encoder.prefix is None:
+            return memory
+        nothing = torch.empty((1, 0), dtype=torch.long, device=memory.device)
+        instruction = self.text.encode(nothing).to(memory.dtype)  # (1, P, D)
+        return torch.cat([memory, instruction.expand(len(memory), -1, -1)], dim=1)
 
     def decoder_hidden(self, memory: Tensor, labels: Tensor) -> Tensor:
         """memory (B, N, D), labels (B*G, T), the G captions of an image in a row → last hidden states (B*G, T, D)."""

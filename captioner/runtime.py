@@ -45,10 +45,10 @@ def cpu_has_amx() -> bool:
 def encode_images(model: Captioner, batch: dict, device: torch.device, trains_vision: bool = False) -> Tensor:
     """Memory (B, N, D) of a batch that holds pixels (B, 3, H, W) or the frozen encoder's features (B, N, D_vision)."""
     if "features" in batch:
-        return model.bridge(batch["features"].to(device, model.bridge.weight.dtype))
+        return model.read(batch["features"].to(device, model.bridge.weight.dtype))
     with torch.set_grad_enabled(trains_vision and torch.is_grad_enabled()):
         tokens = model.vision(batch["pixel_values"].to(device))
-    return model.bridge(tokens)
+    return model.read(tokens)
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

@@ -3,7 +3,8 @@
 Papers: "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (arXiv 1910.10683), v1.1's gated GELU from "GLU Variants
 Improve Transformer" (arXiv 2002.05202), Flan-T5 from arXiv 2210.11416. Numerics match `transformers.T5ForConditionalGeneration`.
 
-Legend: B batch (images or texts), G text rows that read the same memory, T text tokens, N memory tokens, D width, H heads, K head dim, V vocabulary.
+Legend: B batch (images or texts), G text rows that read the same memory, T text tokens, P prefix (prompt) tokens, N memory tokens, D width, H heads, K head
+dim, V vocabulary.
 
 Where T5 differs from most Transformers: attention has no 1/sqrt(K); positions enter as one learned bias per head and distance bucket, made in
 layer 0 and used by the whole stack (both directions in the encoder, backwards only in the decoder, none in cross-attention); H * K need not
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner.attention import MemoryAttention, few_queries
-from captioner.dropout import Dropout
+from captioner.dropout import Dropout, Residual
 from captioner.errors import UserError
 
 
@@ -234,28 +235,36 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.self_attn = Attention(config)
+        self.self_attn_residual = Residual(config.d_model, config.dropout_rate)
         if is_decoder:
             self.cross_attn_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
             self.cross_attn = Attention(config)
+            self.cross_attn_residual = Residual(config.d_model, config.dropout_rate)
         self.mlp_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.mlp = GatedMLP(config) if config.feed_forward_proj == "gated-gelu" else ReluMLP(config)
-        self.dropout = Dropout(config.dropout_rate)
+        self.mlp_residual = Residual(config.d_model, config.dropout_rate)
 
     def forward(self, x, self_bias, memory=None, memory_bias=None) -> Tensor:
         """x (B*G, T, D), memory (B, N, D) in a decoder → (B*G, T, D)."""
         normed = self.self_attn_norm(x)
-        x = x + self.dropout(self.self_attn(normed, *self.self_attn.keys_values(normed), self_bias))
+        x = self.self_attn_residual(x, self.self_attn(normed, *self.self_attn.keys_values(normed), self_bias), normed)
         if memory is not None:
-            x = x + self.dropout(self.cross_attn.attend_memory(self.cross_attn_norm(x), memory, memory_bias))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+            normed = self.cross_attn_norm(x)
+            x = self.cross_attn_residual(x, self.cross_attn.attend_memory(normed, memory, memory_bias), normed)
+        normed = self.mlp_norm(x)
+        return self.mlp_residual(x, self.mlp(normed), normed)
 
 
 class Stack(nn.Module):
-    """Encoder or decoder: blocks over embedded tokens, one position bias for all of them, a last norm."""
+    """Encoder or decoder: blocks over embedded tokens, one position bias for all of them, a last norm.
+
+    `prefix`: None, or a module whose prefix(B) gives embeddings (B, P, D) that stand before every text. An encoder returns their states too.
+    """
 
     def __init__(self, config: T5Config, is_decoder: bool):
         super().__init__()
         self.is_decoder = is_decoder
+        self.register_module("prefix", None)
         num_layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.position_bias = RelativePositionBias(config, bidirectional=not is_decoder)
         self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(num_layers))
@@ -273,13 +282,22 @@ class Stack(nn.Module):
         return bias
 
     def forward(self, x, mask=None, memory=None, memory_mask=None) -> Tensor:
-        """x (B*G, T, D) → (B*G, T, D); mask (B*G, T) and memory_mask (B, N) are True at real tokens; memory is (B, N, D)."""
+        """x (B*G, T, D) → (B*G, T, D), in an encoder (B*G, P + T, D); mask (B*G, T) and memory_mask (B, N) are True at real tokens; memory is (B, N, D)."""
+        length = x.shape[1]
+        if self.prefix is not None:
+            x = torch.cat([self.prefix(x.shape[0]).to(x.dtype), x], dim=1)  # (B*G, P + T, D)
+            mask = None if mask is None else after_prefix(mask, x.shape[1])
         self_bias = self.self_bias(x.shape[1], mask).to(x.dtype)
         memory_bias = None if memory_mask is None else mask_bias(memory_mask, x.dtype)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, self_bias, memory, memory_bias)
-        return self.dropout(self.norm(x))
+        return self.dropout(self.norm(x[:, x.shape[1] - length :] if self.is_decoder else x))
+
+
+def after_prefix(mask: Tensor, length: int) -> Tensor:
+    """mask (B, T) of a text that follows a prefix, filled up in front to (B, length)."""
+    return F.pad(mask.bool(), (length - mask.shape[1], 0), value=True)
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -350,7 +368,7 @@ class T5(nn.Module):
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     def encode(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Text (B, T), mask True at real tokens → memory (B, T, D). Raises UserError where the config has no encoder."""
+        """Text (B, T), mask True at real tokens → memory (B, P + T, D), P = 0 without a prefix. Raises UserError where the config has no encoder."""
         if self.encoder is None:
             raise UserError("this T5 was built without an encoder (num_layers = 0)")
         return self.encoder(self.embedding(input_ids), mask)
@@ -369,4 +387,6 @@ class T5(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Text to text: input_ids (B, T_in), mask (B, T_in), labels (B, T) → logits (B, T, V)."""
-        return self.logits(self.decode(self.shift_right(labels), self.encode(input_ids, mask), mask))
+        memory = self.encode(input_ids, mask)
+        memory_mask = None if mask is None else after_prefix(mask, memory.shape[1])
+        return self.logits(self.decode(self.shift_right(labels), memory, memory_mask))

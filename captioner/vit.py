@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner.demo import CLIPS
+from captioner.dropout import Residual
 from captioner.errors import UserError
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -244,13 +245,17 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(config)
         self.scale1 = LayerScale(config.width) if scaled else nn.Identity()
+        self.attn_residual = Residual(config.width)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.scale2 = LayerScale(config.width) if scaled else nn.Identity()
+        self.mlp_residual = Residual(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.scale1(self.attn(self.norm1(x)))
-        return x + self.scale2(self.mlp(self.norm2(x)))
+        normed = self.norm1(x)
+        x = self.attn_residual(x, self.scale1(self.attn(normed)), normed)
+        normed = self.norm2(x)
+        return self.mlp_residual(x, self.scale2(self.mlp(normed)), normed)
 
 
 class VisionTransformer(nn.Module):
