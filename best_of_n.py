@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     check(settings)
     run = open_run(settings)
     reranker, scorer = load_clips(settings, run)
-    directory = Path(settings.output) if settings.output else run.path / "results" / f"{settings.split}-best-of-{settings.n}"
+    directory = Path(settings.output) if settings.output else run.results / f"{settings.split}-best-of-{settings.n}"
     journal = Journal(directory / "candidates.jsonl", candidate_settings(settings, run))
     kept = sum(row.id in journal.lines for row in run.rows)
     going_on = f", {kept} of them finished before" if kept else ""

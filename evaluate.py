@@ -217,7 +217,7 @@ def evaluate_run(settings: Settings):
     rows, attention = decode_split(settings, run)
     scores = score_rows(settings, run, rows, scorer)
     scores |= {"decode": settings.decode, "split": settings.split, "seconds": time.perf_counter() - started, "bad_images": run.ledger.to_list()}
-    directory = Path(settings.output) if settings.output else run.path / "results" / f"{settings.split}-{settings.decode}"
+    directory = Path(settings.output) if settings.output else run.results / f"{settings.split}-{settings.decode}"
     write_results(settings, directory, rows, scores)
     if settings.report:
         write_report(settings, run, directory, rows, scores, attention)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from captioner.errors import UsageError, UserError
 from captioner.features import FeatureStore
 from captioner.files import write_json
 from captioner.model import Captioner
-from captioner.runtime import cast_frozen, choose_device, choose_precision, versions
+from captioner.runtime import PeakMemory, cast_frozen, choose_device, choose_precision, recompute_blocks, versions
 from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.tracking import TRACKERS, open_tracker
 from captioner.trainer import Trainer
@@ -36,6 +37,13 @@ from data.images import BadImage
 from data.readers import BUILT_IN, read
 from data.rows import DataError, Row
 from data.transforms import RESIZE_MODES
+
+
+def rank_of_places(text: str) -> int | dict[str, int]:
+    """Parser of `8` or `decoder=8,vision=4`."""
+    if "=" not in text:
+        return int(text)
+    return {place.strip(): int(rank) for place, _, rank in (part.partition("=") for part in text.split(","))}
 
 
 @dataclass
@@ -64,10 +72,23 @@ class Settings:
     workers: int = setting(0, "processes that decode images")
     lora_targets: tuple[str, ...] = setting(("attn", "ffn"), "linear layers that get LoRA: groups attn, ffn, or names such as cross_attn.q_proj; none for no LoRA")
     lora_where: tuple[str, ...] = setting(("decoder",), "towers that get LoRA; the demo's own tiny image encoder does too unless its features are cached", ("decoder", "encoder", "vision"))
-    lora_rank: int = setting(8, "rank")
+    lora_rank: int | dict[str, int] = setting(8, "rank, or one a place: decoder=8,vision=4", parse=rank_of_places)
     lora_alpha: float = setting(8.0, "scaling is alpha / sqrt(rank)")
+    rslora: bool = setting(True, "--no-rslora: scaling is alpha / rank")
     lora_dropout: float = setting(0.1, "dropout on the input of LoRA")
     lora_init: str = setting("gaussian", "first values of A: normal with standard deviation 1/rank, or PEFT's default", ("gaussian", "kaiming"))
+    adapters: tuple[str, ...] = setting((), "sub-layers that get a bottleneck adapter; --lora-targets none for adapters without LoRA", ("attn", "ffn"))
+    adapter_where: tuple[str, ...] = setting(("decoder",), "towers that get adapters", ("decoder", "encoder", "vision"))
+    adapter_reduction: int = setting(16, "an adapter's bottleneck is the width divided by this")
+    adapter_style: str = setting("houlsby", "what an adapter reads: the sub-layer's output, the stream after it, or the sub-layer's input", lora.STYLES)
+    adapter_name: str = setting("caption", "name of the new adapter; those of --base keep theirs")
+    stack: tuple[str, ...] | None = setting(None, "adapters that are on, the lowest first (all, the new one on top, if not given)")
+    soft_prompt: str | None = setting(None, "trained embeddings in front of a tower's text: those of the tokens of this text to begin with, or this number of them")
+    prompt_where: tuple[str, ...] = setting(("decoder",), "towers whose input the soft prompt goes in front of", ("decoder", "encoder"))
+    freeze: tuple[str, ...] = setting((), "new parts that are not trained: lora, prompt, bridge, or an adapter's name")
+    unfreeze: tuple[str, ...] = setting((), "parts of --base that are trained on: prompt, or an adapter's name")
+    base_bits: int | None = setting(None, "keep the frozen backbones in 4 bits (NF4; needs bitsandbytes)", (4,))
+    gradient_checkpointing: bool = setting(False, "compute blocks again in the backward pass instead of keeping their activations")
     train_base: tuple[str, ...] = setting((), "backbones to train too", ("vision", "text"))
     epochs: int = setting(4, "passes over the training images")
     max_steps: int | None = setting(None, "stop after N optimiser steps")
@@ -119,10 +140,16 @@ def check(settings: Settings) -> None:
     """Refuse settings that contradict each other; raises UsageError."""
     cli.require_positive(
         settings, "epochs", "batch_size", "grad_accumulation", "eval_images", "log_every", "max_caption_tokens", "vocab_size", "limit", "max_steps", "eval_every",
-        "threads",
+        "threads", "adapter_reduction",
     )  # fmt: skip
-    if settings.cache_features and ("vision" in settings.train_base or (settings.lora_targets and "vision" in settings.lora_where)):
-        raise UsageError("--cache-features needs a frozen image encoder: drop vision from --train-base and --lora-where")
+    adapted = set(settings.lora_where if settings.lora_targets else ()) | set(settings.adapter_where if settings.adapters else ())
+    if settings.cache_features and "vision" in adapted | set(settings.train_base):
+        raise UsageError("--cache-features needs a frozen image encoder: drop vision from --train-base, --lora-where and --adapter-where")
+    if settings.base_bits and settings.train_base:
+        raise UsageError("--base-bits keeps the backbones frozen: drop --train-base")
+    for flags, needed in ((("adapter_where", "adapter_reduction", "adapter_style", "adapter_name"), "adapters"), (("prompt_where",), "soft_prompt")):
+        for name in sorted(settings.given & set(flags)) if not getattr(settings, needed) else ():
+            raise UsageError(f"--{name.replace('_', '-')} says nothing without --{needed.replace('_', '-')}")
     if not 0 <= settings.warmup_ratio <= 1:
         raise UsageError("--warmup-ratio must be between 0 and 1")
     if settings.seed < 0:
@@ -186,14 +213,17 @@ def absolute_paths(settings: Settings) -> Settings:
 def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Captioner, Tokenizer, Backbone, dict]:
     """Model and tokenizer, the image encoder as a `Backbone` (for its transform), and the facts from which `checkpoint.load` rebuilds them."""
     trained = set(settings.train_base)
-    adapted = set(settings.lora_where) if settings.lora_targets else set()
     if settings.base:
         facts = checkpoint.read_config(settings.base)["model"]
-        model, tokenizer, transform = checkpoint.load(settings.base, merge=True)
+        model, tokenizer, transform = checkpoint.load(settings.base, merge=True, dequantize=True)
         vision = checkpoint.vision_backbone(model, transform, facts)
-        # Weights that the base run's adapters were merged into exist nowhere else.
-        facts["vision"]["embedded"] |= "vision" in trained | set(facts["adapted"])
-        facts["text"]["embedded"] |= bool({"text", "encoder", "decoder"} & (trained | set(facts["adapted"])))
+        # Weights that the base run's LoRA was merged into exist nowhere else.
+        facts["vision"]["embedded"] |= "vision" in trained | set(facts["lora"])
+        facts["text"]["embedded"] |= bool({"text", "encoder", "decoder"} & (trained | set(facts["lora"])))
+        if facts["base_bits"]:
+            # The values of 4-bit weights are not those of the file they came from.
+            facts["vision"]["embedded"] = facts["text"]["embedded"] = True
+        facts |= {"lora": [], "base_bits": None}
     else:
         vision = build_vision(settings.vision, settings.image_size)
         if settings.resize_mode:
@@ -209,9 +239,48 @@ def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Caption
         facts = {
             "vision": checkpoint.describe(vision, embedded=vision.weights is None or "vision" in trained),
             "text": checkpoint.describe(text, embedded=text.weights is None or "text" in trained),
+            **checkpoint.no_parts(),
         }
-    facts["adapted"] = sorted(adapted)
+    if settings.base_bits:
+        say(checkpoint.quantize(model, facts))
+    checkpoint.stamp(model, facts, trained)
     return model, tokenizer, vision, facts
+
+
+def add_parts(model: Captioner, tokenizer: Tokenizer, settings: Settings, facts: dict) -> None:
+    """Put the new LoRA, adapters and soft prompt of the settings into the model, beside those that --base brought, and note them in facts."""
+    brought = {*facts["adapters"], *(["prompt"] if facts["prompt"] else [])}
+    unknown = sorted(set(settings.unfreeze) - brought)
+    if unknown:
+        raise UsageError(f"--unfreeze {unknown[0]}: --base brings {', '.join(sorted(brought)) or 'no adapters and no prompt'}")
+    if settings.soft_prompt and facts["prompt"]:
+        raise UsageError(f"{settings.base} has a soft prompt already: --unfreeze prompt trains it on")
+    with translated(ValueError):
+        if settings.lora_targets:
+            facts["lora"] = sorted(settings.lora_where)
+            lora.apply_lora(
+                model, settings.lora_targets, settings.lora_where, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_init,
+                rslora=settings.rslora,
+            )  # fmt: skip
+        if settings.adapters:
+            lora.apply_adapters(
+                model, settings.adapters, settings.adapter_where, settings.adapter_reduction, settings.adapter_style, settings.adapter_name
+            )
+            facts["adapters"] = [*facts["adapters"], settings.adapter_name]
+        if settings.stack is not None:
+            lora.set_stack(model, settings.stack)
+        if settings.soft_prompt:
+            length = int(settings.soft_prompt) if settings.soft_prompt.isdecimal() else None
+            ids = None if length else tokenizer.encode([settings.soft_prompt])[0][:-1]
+            lora.apply_soft_prompt(model, lora.initial_prompt(model.text.embedding, ids, length), settings.prompt_where)
+            facts["prompt"] = sorted(settings.prompt_where)
+    facts["stack"] = list(lora.get_stack(model))
+    for name in sorted({*([settings.adapter_name] if settings.adapters else []), *settings.unfreeze} - {"prompt", *settings.freeze, *facts["stack"]}):
+        raise UsageError(f"adapter {name} would be trained, and is not in --stack {','.join(facts['stack'])}")
+    facts["frozen"] = sorted((brought - set(settings.unfreeze)) | set(settings.freeze))
+    reads = {*(settings.lora_where if settings.lora_targets else ()), *(settings.adapter_where if settings.adapters else ())}
+    if "encoder" in reads and "encoder" not in facts["prompt"]:
+        raise UsageError("T5's encoder reads nothing here, so nothing in it would be trained: drop encoder, or give it a text by --soft-prompt TEXT --prompt-where encoder")
 
 
 def new_run_directory(settings: Settings) -> Path:
@@ -242,14 +311,13 @@ def main(argv: list[str] | None = None) -> int:
         vision = checkpoint.vision_backbone(model, transform, facts)
     else:
         model, tokenizer, vision, facts = build(settings, train_rows, run)
-        if settings.lora_targets:
-            with translated(ValueError):
-                lora.apply_lora(
-                    model, settings.lora_targets, settings.lora_where, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_init
-                )
+        add_parts(model, tokenizer, settings, facts)
     if settings.dropout is not None:
         model.text.set_dropout(settings.dropout)
-    trainable = lora.set_trainable(model, also=("bridge", *settings.train_base))
+    with translated(ValueError):
+        trainable = lora.set_trainable(model, ("bridge", *settings.train_base), facts["frozen"])
+    if not trainable:
+        raise UsageError("nothing is left to train: --freeze names every part")
     say(lora.format_parameter_table(lora.parameter_table(model, trainable)))
 
     store = None
@@ -260,7 +328,9 @@ def main(argv: list[str] | None = None) -> int:
     for part in ("vision", "text") if precision == "bf16" else ():
         # Weights that travel with the run are saved from here, so they are never rounded.
         if not facts[part]["embedded"]:
-            cast_frozen(model.get_submodule(part), torch.bfloat16)
+            cast_frozen(model.get_submodule(part), torch.bfloat16, keep=lora.adapter_parameters(model).values())
+    if settings.gradient_checkpointing:
+        recompute_blocks(model)
 
     tracker = open_tracker(settings.report_to, run, dataclasses.asdict(settings))
     trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker, val_rows)
@@ -294,13 +364,17 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("no image of the training split can be read")
 
     scores: dict = {}
+    step_seconds: list[float] = []
+    memory = PeakMemory(device)
     with cli.StopSignal() as stop, tqdm(total=total, initial=trainer.state.step, disable=None, unit="step", dynamic_ncols=True) as bar:
         window_start, window_images, window_loss = time.perf_counter(), 0, []
         if trainer.state.step == 0:
             scores = trainer.evaluate_and_save(val_batches())
         for batches in train_batches() if trainer.state.step < total else ():
             lr = get_lr(trainer.state.step, total, settings)
+            step_start = time.perf_counter()
             loss, norm = trainer.train_step(batches, lr)
+            step_seconds.append(time.perf_counter() - step_start)
             window_images, window_loss = window_images + sum(len(batch["ids"]) for batch in batches), [*window_loss, loss]
             step, last = trainer.state.step, trainer.state.step == total
             bar.update()
@@ -325,7 +399,11 @@ def main(argv: list[str] | None = None) -> int:
 
     seconds = time.perf_counter() - started
     say(f"done in {tqdm.format_interval(seconds)}: {run} (best step {trainer.state.best_step})")
-    summary = {"run": str(run), "steps": trainer.state.step, "best_step": trainer.state.best_step, "val": scores, "seconds": seconds, "bad_images": ledger.to_list()}
+    summary = {
+        "run": str(run), "steps": trainer.state.step, "best_step": trainer.state.best_step, "val": scores, "seconds": seconds, "bad_images": ledger.to_list(),
+        "trainable": sum(parameter.numel() for parameter in trainable.values()),
+        "step_seconds": statistics.median(step_seconds) if step_seconds else None, "peak_memory_bytes": memory.bytes(),
+    }  # fmt: skip
     write_json(settings.json, summary)
     if ledger:
         say(ledger.summary())

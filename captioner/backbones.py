@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from captioner.t5 import T5
     from captioner.tokenizer import Tokenizer
+    from captioner.vit import VisionConfig, VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ def build_vision(spec: str, image_size: int | None = None) -> Backbone:
     """The image tower of `NAME[:WEIGHTS]`, on the CPU, in float32, in eval mode.
 
     NAME: an open_clip ViT (`ViT-B-16`), a row of `captioner.demo.CLIPS`, or `timm/ARCHITECTURE`. WEIGHTS: a tag of
-    open_clip, timm or the embedded demo, or a local safetensors file or directory; without it the tower is random.
+    open_clip, timm or the embedded demo, or a local safetensors file or directory with the keys of open_clip (for a ViT, also those of Hugging
+    Face's CLIPModel and CLIPVisionModel; config.json and preprocessor_config.json beside them count); without it the tower is random.
     image_size: pixels, instead of the architecture's own; position tables are resized.
     Raises UserError for unknown names (with the closest ones) and tags, files that do not fit, weights of another GELU.
     """
@@ -53,23 +55,57 @@ def _build_timm(name: str, weights: str | None, image_size: int | None) -> Backb
 
 
 def _build_vit(name: str, weights: str | None, image_size: int | None) -> Backbone:
-    import torch
-
-    from captioner.vit import VisionConfig, VisionTransformer, resize_positions
-    from captioner.weights import OPEN_CLIP_VIT, fingerprint, load_into
+    from captioner.vit import VisionConfig, VisionTransformer
+    from captioner.weights import fingerprint, is_hf_clip
     from data.transforms import ImageTransform
 
     config = VisionConfig.from_name(name, image_size)
     if weights is None:
         return Backbone(VisionTransformer(config).eval(), ImageTransform(config.image_size), name, None, None)
     state, preprocess, source = clip_weights(name, weights)
-    table = state.get("visual.positional_embedding")
-    if table is not None and table.ndim == 2:
-        state["visual.positional_embedding"] = resize_positions(table, config.grid_size)
+    if is_hf_clip(state):
+        preprocess |= _hf_clip_settings(name, config, Path(source))
+    module = load_vit(config, state, source)
+    try:
+        transform = ImageTransform(config.image_size, **preprocess)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the image settings beside {source} cannot be used: {error}") from error
+    return Backbone(module, transform, name, weights, fingerprint(module))
+
+
+def load_vit(config: "VisionConfig", state: dict, source: str) -> "VisionTransformer":
+    """An image tower with the weights of a CLIP's state dict under open_clip's or Hugging Face's names, on the CPU, in float32, in eval mode.
+
+    The position table is resized to config.image_size; source is what messages call the state dict. Raises UserError where it does not fit.
+    """
+    import torch
+
+    from captioner.vit import VisionTransformer, resize_positions
+    from captioner.weights import HF_CLIP_VISION, OPEN_CLIP_VIT, is_hf_clip, load_into
+
+    names = HF_CLIP_VISION if is_hf_clip(state) else OPEN_CLIP_VIT
+    for key in [donor for donor, ours in names.items() if ours == "position_embedding"]:
+        if key in state and state[key].ndim == 2:
+            state = state | {key: resize_positions(state[key], config.grid_size)}
     with torch.device("meta"):  # no time spent on random numbers that the weights replace
         module = VisionTransformer(config).eval()
-    load_into(module, state, OPEN_CLIP_VIT, source)
-    return Backbone(module, ImageTransform(config.image_size, **preprocess), name, weights, fingerprint(module))
+    load_into(module, state, names, source)
+    return module
+
+
+def _hf_clip_settings(name: str, config: "VisionConfig", path: Path) -> dict:
+    """Arguments of `ImageTransform` from Hugging Face's files beside CLIP weights; raises UserError where their config.json is of another tower."""
+    from captioner import clip_hf
+
+    folder = path if path.is_dir() else path.parent
+    facts = clip_hf.unseen_facts(folder)
+    if facts is not None:
+        source = str(folder / "config.json")
+        _check_activation(name, config.activation == "quick_gelu", facts["activation"] == "quick_gelu", source)
+        for ours, value in facts.items():
+            if value != getattr(config, ours):
+                raise UserError(f"{source}: its {ours} is {value}, and {name} has {getattr(config, ours)}: it is another architecture")
+    return clip_hf.preprocessing(folder, config.image_size) or {}
 
 
 def clip_weights(name: str, weights: str) -> tuple[dict, dict, str]:
@@ -179,29 +215,40 @@ def _random_text(config: str, tokenizer_path: str | Path | None) -> TextBackbone
     tokenizer = None if tokenizer_path is None else Tokenizer(tokenizer_path)
     if tokenizer is not None:
         sizes = replace(sizes, vocab_size=len(tokenizer))
-        _check_vocabulary(tokenizer, sizes)
+        check_vocabulary(tokenizer, sizes)
     return TextBackbone(T5(sizes).eval(), tokenizer, config, None, None)
 
 
 def _trained_text(spec: str, tokenizer_path: str | Path | None) -> TextBackbone:
-    import torch
-
     from captioner.files import read_json
-    from captioner.t5 import T5
     from captioner.tokenizer import Tokenizer
-    from captioner.weights import fingerprint, load_into, read_state_dict, t5_from_hf, t5_table
+    from captioner.weights import fingerprint, read_state_dict
 
     config_file, vocabulary, weights = _text_files(spec, tokenizer_path is None)
     values = read_json(config_file)
     tokenizer = Tokenizer(tokenizer_path or vocabulary)
-    state, config = t5_from_hf(read_state_dict(weights), values, spec)
-    _check_vocabulary(tokenizer, config)
+    module = load_t5(read_state_dict(weights), values, spec)
+    check_vocabulary(tokenizer, module.config)
+    return TextBackbone(module, tokenizer, spec, spec, fingerprint(module))
+
+
+def load_t5(state: dict, values: dict, source: str) -> "T5":
+    """A T5 with the weights of a state dict under Hugging Face's names, on the CPU, in float32, in eval mode.
+
+    values: those of its config.json; source is what messages call the state dict. Raises UserError where they do not fit.
+    """
+    import torch
+
+    from captioner.t5 import T5
+    from captioner.weights import load_into, t5_from_hf, t5_table
+
+    state, config = t5_from_hf(state, values, source)
     with torch.device("meta"):  # no time spent on random numbers that the weights replace
         module = T5(config).eval()
-    load_into(module, state, t5_table(config), spec)
+    load_into(module, state, t5_table(config), source)
     if config.tie_word_embeddings:
         module.lm_head.weight = module.embedding.weight
-    return TextBackbone(module, tokenizer, spec, spec, fingerprint(module))
+    return module
 
 
 def _text_files(spec: str, with_vocabulary: bool) -> tuple[Path, Path | None, Path]:
@@ -228,7 +275,8 @@ def _text_files(spec: str, with_vocabulary: bool) -> tuple[Path, Path | None, Pa
         raise UserError(f"{spec!r} is no local directory, and {error}") from error
 
 
-def _check_vocabulary(tokenizer: "Tokenizer", config) -> None:
+def check_vocabulary(tokenizer: "Tokenizer", config) -> None:
+    """Raises UserError where a vocabulary has more ids than a T5's embedding has rows, or other special ids."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{tokenizer.path} has {len(tokenizer)} ids, more than the {config.vocab_size} rows of the embedding"

@@ -66,11 +66,18 @@ class LayerCache:
         self.rows, self.slots, self.prefix, self.length, self.inner = rows, slots, prefix, 0, heads * head_dim
         self.tokens = keys.new_empty(batch * rows, 2, heads, prefix + capacity * slots, head_dim)  # keys and values
 
-    def prefill(self, x: Tensor, self_bias: Tensor, memory: Tensor, memory_bias: Tensor | None) -> Tensor:
+    def prefill(self, x: Tensor, self_bias: Tensor, memory_bias: Tensor | None) -> Tensor:
         """The whole prefix at once, the same for all rows of an image: (B, P, D) → (B, P, D)."""
-        for index, part in enumerate(self.block.self_attn.keys_values(self.block.self_attn_norm(x))):  # each (B, H, P, K)
+        block = self.block
+        normed = block.self_attn_norm(x)
+        keys_values = block.self_attn.keys_values(normed)
+        for index, part in enumerate(keys_values):  # each (B, H, P, K)
             self.tokens[:, index, :, : self.prefix] = part.repeat_interleave(self.rows, dim=0)
-        return self.block(x, self_bias, memory, memory_bias)
+        x = block.self_attn_residual(x, block.self_attn(normed, *keys_values, self_bias), normed)
+        normed = block.cross_attn_norm(x)
+        x = block.cross_attn_residual(x, block.cross_attn(normed, *self.memory, memory_bias), normed)
+        normed = block.mlp_norm(x)
+        return block.mlp_residual(x, block.mlp(normed), normed)
 
     def step(self, x: Tensor, self_bias: Tensor, memory_bias: Tensor | None) -> Tensor:
         """One token of every row, (R, D) → (R, D): `t5.Block` in eval mode."""
@@ -119,7 +126,7 @@ class DecoderCache:
         if prefix is not None:
             bias = text.decoder.self_bias(self.prefix, None).to(memory.dtype)
             for layer in self.layers:
-                prefix = layer.prefill(prefix, bias, memory, self.memory_bias)
+                prefix = layer.prefill(prefix, bias, self.memory_bias)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The next token of every row, (R,) → logits of the one after it, (R, V)."""

@@ -1,71 +1,121 @@
 """Run directories: everything needed to use a trained captioner, and `load`, the one way to get it back.
 
     config.json            settings, versions, seed, and under "model" where each backbone comes from
-    adapter/               LoRA in PEFT's layout
+    adapter/               LoRA of the T5 in PEFT's layout; adapter/vision/ that of the image encoder
+    adapters/NAME/         bottleneck adapters
+    prompt/                soft prompt in PEFT's layout
     bridge.safetensors
-    vision.safetensors     only if the image encoder cannot be had elsewhere (trained here, or random)
+    vision/                only if the image encoder cannot be had elsewhere (trained here, or random): a Hugging Face CLIPVisionModel directory
+                           (config.json, model.safetensors); vision.safetensors under our own names where it is no such model
     text/                  likewise, as a Hugging Face T5 directory (config.json, model.safetensors, spiece.model)
     checkpoints/best, checkpoints/last    the same files at one step, with state.json and, in last, optimizer.safetensors
     metrics.jsonl  loss.png  report.html
 
-The files at the top are those of checkpoints/best. No pickle is written or read.
+The files at the top are those of checkpoints/best. No pickle is written or read. What scripts/export.py makes is a run directory too, without
+checkpoints, or one as a single file (captioner/bundle.py).
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lora
-from captioner import weights
+from captioner import bundle, weights
 from captioner.backbones import Backbone, TextBackbone, build_text, build_vision
+from captioner.clip_hf import clip_config_to_hf
 from captioner.errors import UserError
 from captioner.files import read_json, replacing, save_tensors, write_json
 from captioner.model import Captioner
+from captioner.t5 import T5
 from captioner.tokenizer import Tokenizer
+from captioner.vit import VisionTransformer
 from data.transforms import ImageTransform
 
-FORMAT = 1
-PUBLISHED = ("adapter", "bridge.safetensors", "vision.safetensors", "text")
+FORMAT = 2
+PUBLISHED = ("adapter", "adapters", "prompt", "bridge.safetensors", "vision", "vision.safetensors", "text")
+TEXT_PLACES = {"decoder", "encoder"}
+LORA_FOLDERS = {"adapter": TEXT_PLACES, "adapter/vision": {"vision"}}
 
 
-def load(run: str | Path | None = None, *, vision: str | None = None, text: str | None = None, checkpoint: str | None = None, merge: bool = False):
+def load(
+    run: str | Path | None = None,
+    *,
+    vision: str | None = None,
+    text: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    checkpoint: str | None = None,
+    merge: bool = False,
+    dequantize: bool = False,
+    stack: Sequence[str] | None = None,
+):
     """(model, tokenizer, transform), on the CPU in fp32 and eval mode.
 
-    run: a run directory (checkpoint: `best` or `last` instead of the files at its top). Otherwise vision and text name bare backbones
-    (`--vision` and `--text` of train.py) and the bridge is random. merge folds LoRA into the base weights, which is faster and not undone by training.
-    Raises UserError on anything missing, unexpected or of another hash than the run was trained with.
+    run: a run directory, or a bundle of one (checkpoint: `best` or `last` instead of the files at its top). Otherwise vision and text name bare backbones
+    (`--vision` and `--text` of train.py), the bridge is random, and adapters are directories of LoRA or soft prompts in PEFT's layout, made here or by
+    `peft`, or of bottleneck adapters. merge folds LoRA into the base weights, which is faster and not undone by training. dequantize turns a 4-bit base
+    into fp32 weights of the same values first. stack: the bottleneck adapters that are on, the lowest first, if not those of the run.
+    Raises UserError on anything missing, unexpected or of another hash than the run was trained with, and on merging into a 4-bit base.
     """
     if run is None:
         if vision is None or text is None:
             raise UserError("load() takes a run directory, or both vision= and text=")
         vision_backbone, text_backbone = build_vision(vision), build_text(text)
         model = Captioner(vision_backbone.module, text_backbone.module)
+        hashes = {"vision": {"hash": vision_backbone.weights_hash}, "text": {"hash": text_backbone.weights_hash}}
+        for directory in adapters:
+            load_adapter(model, Path(directory), hashes)
     else:
-        config = read_config(run)
-        directory = Path(run) if checkpoint is None else Path(run) / "checkpoints" / checkpoint
-        vision_backbone, text_backbone = rebuild(config["model"], directory)
-        model = Captioner(vision_backbone.module, text_backbone.module)
-        weights.load_into(model.bridge, weights.read_state_dict(directory / "bridge.safetensors"), None, "bridge")
-        if config["model"]["adapted"]:
-            load_adapter(model, directory / "adapter")
-            if merge:
-                lora.merge_lora(model, remove=True)
+        if adapters:
+            raise UserError("a run brings its own adapters: load() takes adapters= only with vision= and text=")
+        facts = read_config(run)["model"]
+        with bundle.opened(Path(run)) as top:
+            directory = top if checkpoint is None else top / "checkpoints" / checkpoint
+            if not directory.is_dir():
+                raise UserError(f"{run}: has no checkpoints/{checkpoint}")
+            vision_backbone, text_backbone = rebuild(facts, directory)
+            model = Captioner(vision_backbone.module, text_backbone.module)
+            weights.load_into(model.bridge, weights.read_state_dict(directory / "bridge.safetensors"), None, "bridge")
+            if facts["base_bits"]:
+                quantize(model, facts)
+            for folder in part_folders(facts):
+                load_adapter(model, directory / folder, facts)
+        stack = facts["stack"] if stack is None else stack
+    with translated():
+        if stack is not None:
+            lora.set_stack(model, stack)
+        if dequantize:
+            lora.dequantize_base(model)
+        if merge:
+            lora.merge_lora(model, remove=True)
     return model.eval(), text_backbone.tokenizer, vision_backbone.transform
 
 
+@contextlib.contextmanager
+def translated(prefix: str = ""):
+    """Turn the one-line exceptions of `lora`, which knows nothing of commands, into UserError."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
 def read_config(run: str | Path) -> dict:
-    """A run's config.json. Raises UserError where run is not a run directory or of a later format."""
+    """A run's config.json. Raises UserError where run is neither a run directory nor a bundle, or of a later format."""
     run = Path(run)
-    if not run.is_dir():
-        raise UserError(f"{run}: no such run directory")
-    config = read_json(run / "config.json")
-    if config.get("format") != FORMAT:
-        raise UserError(f"{run / 'config.json'}: format {config.get('format')!r} is not {FORMAT}: not a run directory of this version")
+    if not run.is_dir() and not bundle.is_bundle(run):
+        raise UserError(f"{run}: no such run directory or bundle")
+    config = read_json(run / "config.json") if run.is_dir() else bundle.read_config(run)
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{run / 'config.json'}: format {found!r} is not {FORMAT}: not a run directory of this version")
     return config
 
 
@@ -90,52 +140,111 @@ def vision_backbone(model: Captioner, transform: ImageTransform, facts: dict) ->
     return Backbone(model.vision, transform, *(facts["vision"][key] for key in ("name", "weights", "hash")))
 
 
+def no_parts() -> dict:
+    """What config.json says of a model to which nothing was added: places with LoRA, names of adapters and of those that are on, places with a soft
+    prompt, parts that are frozen though they were added, and bits of the base."""
+    return {"lora": [], "adapters": [], "stack": [], "prompt": [], "frozen": [], "base_bits": None}
+
+
+def stamp(model: Captioner, facts: dict, trained: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> None:
+    """Write the hashes of embedded backbones, once saved in dtype and loaded again, into facts; None for those in trained, whose weights change."""
+    for part in ("vision", "text"):
+        if facts[part]["embedded"]:
+            state = cast(cast(base_state(model.get_submodule(part)), dtype), torch.float32)
+            facts[part]["hash"] = None if part in trained else weights.fingerprint(state)
+
+
+def quantize(model: Captioner, facts: dict) -> str:
+    """Keep both backbones in 4 bits, and note it in facts; a line that says what it saves. Raises UserError where bitsandbytes is missing."""
+    parts = [part for part in ("vision", "text") if any(isinstance(module, nn.Linear) for module in model.get_submodule(part).modules())]
+    with translated():
+        lora.quantize_base(model, parts)
+    facts["base_bits"] = 4
+    size = lora.base_bytes(model, parts)
+    return f"base in 4 bits ({', '.join(parts)}): {size.now / 1e6:.1f} MB, {size.now / size.bf16:.2f} of bf16"
+
+
+def base_hash(facts: dict, places: Iterable[str]) -> str | None:
+    """Hash of the backbones that an adapter in these places was made for; None where one of them is trained along."""
+    parts = [part for part, of_part in (("vision", {"vision"}), ("text", TEXT_PLACES)) if of_part & set(places)]
+    hashes = [facts[part]["hash"] for part in parts]
+    return None if None in hashes else hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def part_folders(facts: dict) -> list[str]:
+    """The folders of a run that hold what was added to its backbones, in the order in which it was."""
+    lora_folders = [folder for folder, places in LORA_FOLDERS.items() if places & set(facts["lora"])]
+    return [*lora_folders, *(f"adapters/{name}" for name in facts["adapters"]), *(["prompt"] if facts["prompt"] else [])]
+
+
 def rebuild(facts: dict, directory: Path) -> tuple[Backbone, TextBackbone]:
     """Both backbones of a run, from its own files where embedded, else from where they were first loaded, with the same hash."""
     vision_facts, text_facts = facts["vision"], facts["text"]
     if vision_facts["embedded"]:
-        vision = build_vision(vision_facts["name"], vision_facts["image_size"])
-        weights.load_into(vision.module, weights.read_state_dict(directory / "vision.safetensors"), None, "vision")
+        if (directory / "vision.safetensors").is_file():
+            vision = build_vision(vision_facts["name"], vision_facts["image_size"])
+            weights.load_into(vision.module, weights.read_state_dict(directory / "vision.safetensors"), None, "vision")
+            vision = dataclasses.replace(vision, weights_hash=weights.fingerprint(vision.module))
+        elif not (directory / "vision").is_dir():
+            raise UserError(f"{directory}: its image encoder, vision/ or vision.safetensors, is missing")
+        else:
+            vision = build_vision(f"{vision_facts['name']}:{directory / 'vision'}", vision_facts["image_size"])
     else:
         spec = ":".join(part for part in (vision_facts["name"], vision_facts["weights"]) if part)
         vision = build_vision(spec, vision_facts["image_size"])
-        check_hash("vision", spec, vision.weights_hash, vision_facts["hash"])
+    check_hash("vision", vision_facts, vision.weights_hash)
     vision = dataclasses.replace(
         vision, transform=ImageTransform.from_dict(vision_facts["transform"]), weights=vision_facts["weights"], weights_hash=vision_facts["hash"]
     )
     if text_facts["embedded"]:
         text = build_text(str(directory / "text"))
+        check_hash("text", text_facts, text.weights_hash)
         text = dataclasses.replace(text, name=text_facts["name"], weights=text_facts["weights"], weights_hash=text_facts["hash"])
     else:
         text = build_text(text_facts["name"])
-        check_hash("text", text_facts["name"], text.weights_hash, text_facts["hash"])
+        check_hash("text", text_facts, text.weights_hash)
     return vision, text
 
 
-def check_hash(part: str, name: str, found: str | None, expected: str | None) -> None:
-    if found != expected:
-        raise UserError(f"{part} {name}: its weights are not those the run was trained with (sha256 {str(found)[:12]}, expected {str(expected)[:12]})")
+def check_hash(part: str, facts: dict, found: str | None) -> None:
+    """Raises UserError where a backbone is not the one of the run; one that was trained with the run has no hash."""
+    if found != facts["hash"] and not (facts["embedded"] and facts["hash"] is None):
+        name = f"{facts['name']}:{facts['weights']}" if part == "vision" and facts["weights"] else facts["name"]
+        raise UserError(f"{part} {name}: its weights are not those the run was trained with (sha256 {str(found)[:12]}, expected {str(facts['hash'])[:12]})")
 
 
 def to_donor_name(name: str) -> str:
     """Our path of an adapted module → its name in the donor's model, as PEFT files have it."""
-    return weights.hf_module_name(name) if name.startswith("text.") else name
+    return weights.hf_module_name(name)
 
 
 def from_donor_name(name: str) -> str:
     """Inverse of `to_donor_name`; raises LookupError for a name that neither has."""
     try:
-        return name if name.startswith("vision.") else weights.our_module_name(name)
+        return weights.our_module_name(name)
     except UserError as error:
         raise LookupError(str(error)) from None
 
 
-def load_adapter(model: Captioner, directory: Path) -> list[str]:
-    """Inject and load a PEFT directory; the names of the modules it replaced."""
+def load_adapter(model: Captioner, directory: Path, facts: dict) -> None:
+    """Add what a directory holds, LoRA, soft prompt or bottleneck adapter, to the model; facts has the hashes of its backbones."""
+    with translated():
+        config = lora.read_config(directory)
+        kind = config.get("peft_type")
+        if kind == "BOTTLENECK":
+            lora.load_adapter(model, directory, base_hash(facts, config.get("where", ())))
+        elif kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"):
+            lora.load_prompt(model, directory, facts["text"]["hash"])
+        else:
+            lora.load_peft(model, directory, from_donor_name, base_hash(facts, [place_of_donor_names(config.get("target_modules"))]))
+
+
+def place_of_donor_names(names: Any) -> str:
+    """Where a LoRA written by `save_weights` goes, by the target_modules of its config: those of any other file need not tell."""
     try:
-        return lora.load_peft(model, directory, from_donor_name)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{directory}: {error}") from error
+        return "vision" if from_donor_name(names[0]).startswith("vision.") else "decoder"
+    except (LookupError, TypeError):
+        return "decoder"
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
@@ -144,18 +253,70 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base.", "."): tensor for name, tensor in module.state_dict().items() if name not in adapters}
 
 
-def save_weights(model: Captioner, tokenizer: Tokenizer, facts: dict, directory: Path) -> None:
-    """Write adapter, bridge and embedded backbones into directory, in fp32 under the names that `load` reads."""
-    if facts["adapted"]:
-        lora.save_peft(model, directory / "adapter", to_donor_name, facts["text"]["name"])
-    save_tensors(directory / "bridge.safetensors", model.bridge.state_dict())
+def cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating-point tensors of a state dict in dtype, beside the others as they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def hf_vision_config(vision: nn.Module) -> dict | None:
+    """config.json of an image encoder as Hugging Face's CLIPVisionModel; None where it has no such form."""
+    if not isinstance(vision, VisionTransformer):
+        return None
+    try:
+        return clip_config_to_hf(vision.config)
+    except UserError:
+        return None
+
+
+def made_for(facts: dict, places: Iterable[str]) -> dict[str, str]:
+    """Metadata of an adapter's file: the hash of the backbones it belongs to, where they do not change."""
+    found = base_hash(facts, places)
+    return {} if found is None else {"base_sha256": found}
+
+
+def save_weights(
+    model: Captioner, tokenizer: Tokenizer, facts: dict, directory: Path, dtype: torch.dtype = torch.float32, fold_rslora: bool = False
+) -> None:
+    """Write what was added to the backbones, the bridge, and embedded backbones into directory under the names that `load` reads.
+
+    Bridge and backbones are written in dtype, what was added in fp32. fold_rslora: as in `lora.save_peft`.
+    """
+    for folder, places in LORA_FOLDERS.items():
+        if places & set(facts["lora"]):
+            part = "vision" if places == {"vision"} else "text"
+            lora.save_peft(
+                model, directory / folder, to_donor_name, facts[part]["name"], under=f"{part}.", fold_rslora=fold_rslora, metadata=made_for(facts, places)
+            )
+    for name in facts["adapters"]:
+        lora.save_adapter(model, name, directory / "adapters" / name, made_for(facts, lora.all_settings(model)[name].where))
+    if facts["prompt"]:
+        lora.save_prompt(model, directory / "prompt", facts["text"]["name"], made_for(facts, TEXT_PLACES))
+    save_tensors(directory / "bridge.safetensors", cast(model.bridge.state_dict(), dtype))
     if facts["vision"]["embedded"]:
-        save_tensors(directory / "vision.safetensors", base_state(model.vision))
+        save_vision(model.vision, directory, dtype)
     if facts["text"]["embedded"]:
-        state = {name: tensor.float() for name, tensor in base_state(model.text).items()}
-        save_tensors(directory / "text" / "model.safetensors", weights.t5_to_hf(state, model.text.config), {"format": "pt"})
-        write_json(directory / "text" / "config.json", {"model_type": "t5", **dataclasses.asdict(model.text.config)})
-        tokenizer.save(directory / "text")
+        save_text(model.text, tokenizer, directory / "text", dtype)
+
+
+def save_vision(vision: nn.Module, directory: Path, dtype: torch.dtype) -> None:
+    """Write an image encoder as directory/vision/, or as vision.safetensors where it is no CLIPVisionModel."""
+    state, config = cast(base_state(vision), dtype), hf_vision_config(vision)
+    if config is None:
+        save_tensors(directory / "vision.safetensors", state)
+        return
+    save_tensors(directory / "vision" / "model.safetensors", weights.clip_to_hf(state, vision.config), {"format": "pt"})
+    write_json(directory / "vision" / "config.json", config)
+
+
+def save_text(text: T5, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype) -> None:
+    """Write a T5 as a directory that Hugging Face's T5ForConditionalGeneration loads."""
+    tensors = weights.t5_to_hf(cast(base_state(text), dtype), text.config)
+    if not text.config.num_layers:
+        # transformers gives every T5 an encoder: one of no blocks still has its last norm.
+        tensors["encoder.final_layer_norm.weight"] = torch.ones(text.config.d_model, dtype=dtype)
+    save_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    write_json(directory / "config.json", {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", **dataclasses.asdict(text.config)})
+    tokenizer.save(directory)
 
 
 def save_checkpoint(run: Path, name: str, write: Callable[[Path], None]) -> Path:
@@ -177,10 +338,15 @@ def save_checkpoint(run: Path, name: str, write: Callable[[Path], None]) -> Path
     return target
 
 
+def files_of(path: Path) -> list[Path]:
+    """path if it is a file, else every file under it, sorted."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
 def publish(run: Path, checkpoint: Path) -> None:
     """Put a checkpoint's weights at the top of the run, as hard links where the file system has them."""
     for entry in PUBLISHED:
-        for source in sorted([checkpoint / entry] if (checkpoint / entry).is_file() else (checkpoint / entry).glob("*")):
+        for source in files_of(checkpoint / entry):
             with replacing(run / source.relative_to(checkpoint)) as temporary:
                 try:
                     os.link(source, temporary)

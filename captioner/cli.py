@@ -23,9 +23,9 @@ from captioner.files import describe_os_error  # noqa: E402
 DONE, FAILED, USAGE, SOME_BAD = 0, 1, 2, 3  # the exit codes; an interrupt exits with 128 + signal number
 
 
-def setting(default, help: str, choices: Iterable | None = None):
-    """A dataclass field that becomes a flag: its default, its help text and, for a closed set, its choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None})
+def setting(default, help: str, choices: Iterable | None = None, parse: Callable[[str], object] | None = None):
+    """A dataclass field that becomes a flag: its default, its help text, for a closed set its choices, and for a syntax of its own the parser."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None, "parse": parse})
 
 
 def comma_list(choices: tuple[str, ...] | None) -> Callable[[str], tuple[str, ...]]:
@@ -67,7 +67,7 @@ def parse_settings(cls, argv: list[str] | None, description: str, presets: dict[
         optional = isinstance(kind, types.UnionType)
         if optional:
             kind = next(member for member in typing.get_args(kind) if member is not type(None))
-        shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = (",".join(field.default) or "none") if isinstance(field.default, tuple) else field.default
         text = field.metadata["help"].replace("%", "%%") + ("" if optional and field.default is None else f" (default: {shown})")
         options: dict = {"help": text, "default": argparse.SUPPRESS}
         if field.name in getattr(cls, "positional", ()):
@@ -83,6 +83,8 @@ def parse_settings(cls, argv: list[str] | None, description: str, presets: dict[
         elif typing.get_origin(kind) is tuple:
             metavar = ",".join(choices) if choices else "A,B"
             parser.add_argument(flag, type=comma_list(choices), metavar=metavar, **options)
+        elif field.metadata.get("parse"):
+            parser.add_argument(flag, type=field.metadata["parse"], metavar=field.name.rpartition("_")[2].upper(), **options)
         else:
             parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **options)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_known(argv)).items()}

@@ -31,10 +31,11 @@ REPORT_IMAGES = 1000  # a report shows the first ones of a larger split
 class RunSettings:
     """What every command that captions a split with a run can be told; each field is one flag."""
 
-    run: str | None = setting(None, "run directory (default: the newest under runs/)")
+    run: str | None = setting(None, "run directory, or a bundle of scripts/export.py (default: the newest under runs/)")
     split: str = setting("val", "split to caption")
     data: str | None = setting(None, "folder with SPLIT/metadata.jsonl, or scenes; that of the run if not given")
     checkpoint: str | None = setting(None, "use checkpoints/best or checkpoints/last", ("best", "last"))
+    stack: tuple[str, ...] | None = setting(None, "bottleneck adapters that are on, the lowest first, or none; those of the run if not given")
     num_beams: int = setting(10, "beams of beam search")
     length_penalty: float = setting(1.0, "beam score is the sum of log-probabilities / length ** penalty")
     temperature: float = setting(0.5, "of sampling")
@@ -72,6 +73,11 @@ class OpenRun:
     device: "torch.device"
     precision: str
 
+    @property
+    def results(self) -> Path:
+        """Folder for results: inside a run directory, beside a bundle."""
+        return self.path / "results" if self.path.is_dir() else self.path.with_name(f"{self.path.stem}-results")
+
     def batches(self, batch_size: int, workers: int = 0, order: Sequence[int] | None = None) -> "Batches":
         """Batches (see data/collate.py) with all captions of an image, of the rows with these numbers, or of all."""
         from data.dataset import make_loader
@@ -102,7 +108,8 @@ def open_run(settings: RunSettings) -> OpenRun:
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     rows = read(settings.data or config["settings"]["data"], settings.split)[: settings.limit]
-    model, tokenizer, transform = checkpoint.load(path, checkpoint=settings.checkpoint, merge=True)
+    # In a 4-bit base there is no room for the update.
+    model, tokenizer, transform = checkpoint.load(path, checkpoint=settings.checkpoint, merge=not config["model"]["base_bits"], stack=settings.stack)
     model.to(device)
     ledger = BadImageLedger(settings.on_bad, cli.say)
     store = None
@@ -127,14 +134,15 @@ def attend(run: OpenRun, batch: dict, captions: Sequence[str]) -> "list[tuple[li
 
 def weights_hash(run: OpenRun, checkpoint: str | None) -> str:
     """SHA-256 over everything that decides what a run's model computes: its own weight files, and the facts about weights kept elsewhere."""
-    from captioner.checkpoint import PUBLISHED
+    from captioner.checkpoint import PUBLISHED, files_of
 
     directory = run.path if checkpoint is None else run.path / "checkpoints" / checkpoint
     digest = hashlib.sha256(json.dumps(run.config["model"], sort_keys=True).encode())
-    files = [file for name in PUBLISHED for file in ([directory / name] if (directory / name).is_file() else sorted((directory / name).glob("*")))]
+    files = [file for name in PUBLISHED for file in files_of(directory / name)] if run.path.is_dir() else [run.path]
     for file in files:
         with open(file, "rb") as opened:
-            digest.update(f"{file.relative_to(directory)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+            name = file.name if file == directory else file.relative_to(directory)
+            digest.update(f"{name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

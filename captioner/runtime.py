@@ -1,14 +1,22 @@
 """Device, precision and versions: what a command settles once, before any model code runs."""
 
+import contextlib
+import functools
 import importlib.metadata
 import platform
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from captioner.errors import UserError
 from captioner.model import Captioner
+from captioner.t5 import Stack
+from captioner.vit import VisionTransformer
 
+PROCESS_STATUS = Path("/proc/self/status")
 PACKAGES = ("torch", "numpy", "pillow", "timm", "open-clip-torch", "sentencepiece", "safetensors")
 
 
@@ -51,11 +59,46 @@ def encode_images(model: Captioner, batch: dict, device: torch.device, trains_vi
     return model.read(tokens)
 
 
-def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep a module's frozen matrices in dtype, so that autocast does not convert them at every step; trained ones and norms stay as they are."""
+def cast_frozen(module: nn.Module, dtype: torch.dtype, keep: Iterable[Tensor] = ()) -> None:
+    """Keep a module's frozen matrices in dtype, so that autocast does not convert them at every step; trained ones, those in keep and norms stay as they are."""
+    kept = {id(parameter) for parameter in keep}
     for parameter in module.parameters():
-        if not parameter.requires_grad and parameter.ndim >= 2:
+        if not parameter.requires_grad and parameter.ndim >= 2 and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
+
+
+def recompute_blocks(model: Captioner) -> int:
+    """Gradient checkpointing (arXiv 1604.06174): every Transformer block keeps its input alone and is computed again in the backward pass, dropout included.
+
+    Returns the number of blocks. The non-reentrant form is used: with the reentrant one, blocks behind frozen embeddings get no gradient.
+    """
+    blocks = [block for module in model.modules() if isinstance(module, (Stack, VisionTransformer)) for block in module.blocks]
+    for block in blocks:
+        block.forward = functools.partial(_recomputed, block.forward)
+    return len(blocks)
+
+
+def _recomputed(forward, *arguments):
+    return checkpoint(forward, *arguments, use_reentrant=False) if torch.is_grad_enabled() else forward(*arguments)
+
+
+class PeakMemory:
+    """The most memory in use since it was made: of the device where that is CUDA, else of this process where the kernel tells (Linux)."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif PROCESS_STATUS.is_file():
+            with contextlib.suppress(OSError):
+                PROCESS_STATUS.with_name("clear_refs").write_text("5")  # resets VmHWM
+
+    def bytes(self) -> int | None:
+        """None where it is not known."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        lines = PROCESS_STATUS.read_text(encoding="ascii").splitlines() if PROCESS_STATUS.is_file() else []
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
 def versions() -> dict[str, str]:

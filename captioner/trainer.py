@@ -168,11 +168,13 @@ class Trainer:
         """What the run's report says about the run."""
         settings = self.settings
         adapters = f"rank {settings.lora_rank} on {', '.join(settings.lora_targets)} of {', '.join(settings.lora_where)}" if settings.lora_targets else "none"
+        parts = {"adapters": ", ".join(self.facts["adapters"]), "soft prompt": ", ".join(self.facts["prompt"]), "frozen": ", ".join(self.facts["frozen"])}
         return {
             "image encoder": self.facts["vision"]["name"],
             "decoder": Path(self.facts["text"]["name"]).name,
             "LoRA": adapters,
-            "trained whole": ", ".join(("bridge", *settings.train_base)),
+            **{name: value for name, value in parts.items() if value},
+            "trained whole": ", ".join(name for name in ("bridge", *settings.train_base) if name not in self.facts["frozen"]),
             "trained parameters": f"{sum(parameter.numel() for parameter in self.trainable.values()):,}",
             "data": f"{Path(settings.data).name}, {settings.val_split}",
             "best step": f"{self.state.best_step} by {settings.best_by}",

@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from captioner.clip_hf import clip_config_to_hf
 from captioner.errors import UserError
 from captioner.t5 import T5Config
+from captioner.vit import VisionConfig
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 SINGLE_FILES = ("model.safetensors", "open_clip_model.safetensors")
@@ -84,7 +86,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         state.update(_read_file(index.parent / shard))
     missing, unexpected = weight_map.keys() - state.keys(), state.keys() - weight_map.keys()
     if missing or unexpected:
-        raise UserError(f"the shards of {index} do not match it: {_both_lists(missing, unexpected)}")
+        raise UserError(f"the shards of {index} do not match it: {both_lists(missing, unexpected)}")
     return state
 
 
@@ -270,7 +272,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], table: Table | Non
     own = module.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unexpected:
-        raise UserError(f"{mismatch}: {_both_lists(missing, unexpected)}")
+        raise UserError(f"{mismatch}: {both_lists(missing, unexpected)}")
     wrong = []
     for key, tensor in own.items():
         if state[key].shape != tensor.shape:
@@ -291,7 +293,8 @@ def _short(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + rest if names else "none"
 
 
-def _both_lists(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+def both_lists(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """`missing: …; unexpected: …` for a message, the first 8 names of each."""
     return f"missing: {_short(missing)}; unexpected: {_short(unexpected)}"
 
 
@@ -356,6 +359,67 @@ OPEN_CLIP_VIT: Table = {
     "visual.proj": None,
     "visual.attn_pool.*": None,  # CoCa
 } | OPEN_CLIP_TEXT
+
+
+# ---- Hugging Face CLIP -----------------------------------------------------------------------------------
+
+# To captioner.vit.VisionTransformer, under the names of transformers 5's CLIPVisionModel.
+HF_CLIP_TOWER: Table = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "patch_embed.weight",
+    "embeddings.position_embedding.weight": "position_embedding",
+    "embeddings.position_ids": None,
+    "pre_layrnorm.weight": "norm_pre.weight",
+    "pre_layrnorm.bias": "norm_pre.bias",
+    "encoder.layers.{}.layer_norm1.weight": "blocks.{}.norm1.weight",
+    "encoder.layers.{}.layer_norm1.bias": "blocks.{}.norm1.bias",
+    "encoder.layers.{}.self_attn.q_proj.weight": "blocks.{}.attn.q_proj.weight",
+    "encoder.layers.{}.self_attn.q_proj.bias": "blocks.{}.attn.q_proj.bias",
+    "encoder.layers.{}.self_attn.k_proj.weight": "blocks.{}.attn.k_proj.weight",
+    "encoder.layers.{}.self_attn.k_proj.bias": "blocks.{}.attn.k_proj.bias",
+    "encoder.layers.{}.self_attn.v_proj.weight": "blocks.{}.attn.v_proj.weight",
+    "encoder.layers.{}.self_attn.v_proj.bias": "blocks.{}.attn.v_proj.bias",
+    "encoder.layers.{}.self_attn.out_proj.weight": "blocks.{}.attn.o_proj.weight",
+    "encoder.layers.{}.self_attn.out_proj.bias": "blocks.{}.attn.o_proj.bias",
+    "encoder.layers.{}.layer_norm2.weight": "blocks.{}.norm2.weight",
+    "encoder.layers.{}.layer_norm2.bias": "blocks.{}.norm2.bias",
+    "encoder.layers.{}.mlp.fc1.weight": "blocks.{}.mlp.fc1.weight",
+    "encoder.layers.{}.mlp.fc1.bias": "blocks.{}.mlp.fc1.bias",
+    "encoder.layers.{}.mlp.fc2.weight": "blocks.{}.mlp.fc2.weight",
+    "encoder.layers.{}.mlp.fc2.bias": "blocks.{}.mlp.fc2.bias",
+    # Only the pooled embedding passes it.
+    "post_layernorm.*": None,
+}
+# CLIPModel, CLIPVisionModelWithProjection and files of transformers 4 have the tower under `vision_model.`. `export` takes the last name of a
+# tensor, which is the bare one.
+HF_CLIP_PREFIX = "vision_model."
+HF_CLIP_VISION: Table = {
+    **{HF_CLIP_PREFIX + donor: ours for donor, ours in HF_CLIP_TOWER.items()},
+    "text_model.*": None,
+    "text_projection.weight": None,
+    "visual_projection.weight": None,
+    "logit_scale": None,
+    **HF_CLIP_TOWER,
+}
+OUR_CLIP = {ours: donor for donor, ours in HF_CLIP_TOWER.items() if ours is not None}
+
+
+def is_hf_clip(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict holds a CLIP image tower under Hugging Face's names."""
+    donor = OUR_CLIP["class_embedding"]
+    return donor in state or HF_CLIP_PREFIX + donor in state
+
+
+def clip_to_hf(state: Mapping[str, Tensor] | nn.Module, config: VisionConfig) -> dict[str, Tensor]:
+    """Our image tower's state dict (or the tower) under the names of Hugging Face's CLIPVisionModel.
+
+    The post-norm, which our tower does not have, is weight 1 and bias 0: `last_hidden_state`, what the captioner reads, does not pass it; the
+    pooled output does and means nothing. Raises UserError for a tower that CLIPVisionModel cannot express (`clip_config_to_hf`).
+    """
+    clip_config_to_hf(config)
+    state = state.state_dict() if isinstance(state, nn.Module) else state
+    like = state["norm_pre.weight"]
+    return export(state, HF_CLIP_VISION) | {"post_layernorm.weight": torch.ones_like(like), "post_layernorm.bias": torch.zeros_like(like)}
 
 
 # ---- Hugging Face T5 -------------------------------------------------------------------------------------
@@ -423,10 +487,10 @@ def t5_from_hf(state: Mapping[str, Tensor], values: Mapping, donor_name: str) ->
     except UserError as error:
         raise UserError(f"config.json of {donor_name}: {error}") from error
     for alias in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-        if alias in state and not _equal(state.setdefault("shared.weight", state[alias]), state[alias]):
+        if alias in state and not same_tensor(state.setdefault("shared.weight", state[alias]), state[alias]):
             raise UserError(f"{donor_name}: {alias} differs from shared.weight; T5 has one embedding")
     if config.tie_word_embeddings and "shared.weight" in state:
-        tied = _equal(state.setdefault("lm_head.weight", state["shared.weight"]), state["shared.weight"])
+        tied = same_tensor(state.setdefault("lm_head.weight", state["shared.weight"]), state["shared.weight"])
         if not tied and values.get("scale_decoder_outputs") is None:
             raise UserError(
                 f"{donor_name}: its config ties lm_head to the embedding, and lm_head.weight differs from "
@@ -436,7 +500,8 @@ def t5_from_hf(state: Mapping[str, Tensor], values: Mapping, donor_name: str) ->
     return state, config
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in dtype, shape and every number."""
     return a is b or (a.dtype == b.dtype and torch.equal(a, b))
 
 
@@ -446,22 +511,37 @@ def t5_to_hf(state: Mapping[str, Tensor], config: T5Config) -> dict[str, Tensor]
     return export({name: tensor for name, tensor in state.items() if name not in tied}, HF_T5)
 
 
-def hf_module_name(name: str) -> str:
-    """A text module's path in the captioner → in Hugging Face's T5, as PEFT files name it.
+# ---- names of modules ------------------------------------------------------------------------------------
 
-    `text.decoder.blocks.0.cross_attn.q_proj` → `decoder.block.0.layer.1.EncDecAttention.q`.
+# A timm tower keeps the path that it has in open_clip's TimmModel too, `trunk.…`: without it the way back could not tell timm's names from others.
+TIMM_TRUNK = "trunk."
+
+
+def hf_module_name(name: str) -> str:
+    """A module's path in the captioner → in the donor's model, as PEFT files name it.
+
+    `text.decoder.blocks.0.cross_attn.q_proj` → `decoder.block.0.layer.1.EncDecAttention.q` of Hugging Face's T5;
+    `vision.blocks.0.attn.q_proj` → `encoder.layers.0.self_attn.q_proj` of its CLIPVisionModel;
+    `vision.trunk.blocks.0.attn.qkv` → `trunk.blocks.0.attn.qkv`, which is that module of the timm model `trunk`.
     Raises UserError for others.
     """
-    found = _match(name.removeprefix("text.") + ".weight", OUR_T5) if name.startswith("text.") else None
+    part, _, inner = name.partition(".")
+    if part == "vision" and inner.startswith(TIMM_TRUNK):
+        return inner
+    names = {"text": OUR_T5, "vision": OUR_CLIP}.get(part, {})
+    found = _match(inner + ".weight", names)
     if found is None:
-        raise UserError(f"{name} has no counterpart in Hugging Face's T5")
-    return _fill(OUR_T5[found[0]], found[1]).removesuffix(".weight")
+        raise UserError(f"{name} has no counterpart in Hugging Face's T5 or its CLIPVisionModel")
+    return _fill(names[found[0]], found[1]).removesuffix(".weight")
 
 
 def our_module_name(name: str) -> str:
-    """The inverse of `hf_module_name`."""
-    found = _match(name + ".weight", HF_T5)
-    ours = HF_T5[found[0]] if found else None
-    if ours is None:
-        raise UserError(f"{name} of Hugging Face's T5 has no counterpart here")
-    return "text." + _fill(ours, found[1]).removesuffix(".weight")
+    """The inverse of `hf_module_name`. Names of CLIP may stand under `vision_model.`, as in transformers 4."""
+    if name.startswith(TIMM_TRUNK):
+        return f"vision.{name}"
+    for part, table in (("text", HF_T5), ("vision", HF_CLIP_VISION)):
+        found = _match(name + ".weight", table)
+        ours = table[found[0]] if found else None
+        if ours is not None and ours.endswith(".weight"):
+            return f"{part}." + _fill(ours, found[1]).removesuffix(".weight")
+    raise UserError(f"{name} of Hugging Face's T5 has no counterpart here, nor of its CLIPVisionModel")

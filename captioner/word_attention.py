@@ -20,7 +20,10 @@ def word_attention(model: nn.Module, memory: Tensor, ids: Tensor, tokenizer: Tok
     memory (B, N, D); ids (B, T) as `captioner.generate` returns them, the start token first. A map is the mean over heads, layers and the word's
     tokens. The class token of N = 1 + h * h is left out, so a map sums to at most 1. Maps are None where N is no square grid. model in eval mode.
     """
-    grid = square_grid(memory.shape[1])
+    encoder = model.text.encoder
+    read_too = 0 if encoder is None or encoder.prefix is None else encoder.prefix(1).shape[1]  # tokens of an instruction behind those of the image
+    image_tokens = memory.shape[1] - read_too
+    grid = square_grid(image_tokens)
     captions = []
     for tokens, rows in zip(ids[:, 1:].tolist(), cross_attention(model.text, memory, ids[:, :-1]).cpu(), strict=True):
         words, members = merge_tokens(tokens, tokenizer)
@@ -29,8 +32,8 @@ def word_attention(model: nn.Module, memory: Tensor, ids: Tensor, tokenizer: Tok
             continue
         first, side = grid
         means = [rows[positions].mean(0) for positions in members]
-        maps = torch.stack(means) if means else rows[:0]  # (W, N)
-        captions.append((words, maps[:, first:].reshape(-1, side, side).numpy()))
+        maps = torch.stack(means) if means else rows[:0]  # (W, N + P)
+        captions.append((words, maps[:, first:image_tokens].reshape(-1, side, side).numpy()))
     return captions
 
 
@@ -52,7 +55,7 @@ def cross_attention(text: T5, memory: Tensor, input_ids: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(layers).mean(0)
+    return torch.stack(layers).mean(0)[:, -input_ids.shape[1] :]  # without the decoder's prefix
 
 
 def merge_tokens(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:

@@ -6,71 +6,77 @@ written or read.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora.inject import lora_modules, refuse_second_injection, replace_linears
+from lora.inject import linears, lora_modules, replace_linears
+from lora.peft_config import CONFIG_FILE, default_and_pattern, read_lora_config, read_patterns, short, untouched_targets
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Settings of peft that change what an adapter computes and that we do not have, with their values of no effect.
-WITHOUT_EFFECT = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "alora_invocation_tokens": (None, []),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-}
+LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
 def save_peft(
-    model: nn.Module, directory: str | Path, module_name: Callable[[str], str], base_model_name: str | None = None
+    model: nn.Module,
+    directory: str | Path,
+    module_name: Callable[[str], str],
+    base_model_name: str | None = None,
+    *,
+    under: str = "",
+    fold_rslora: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the model's LoRA into directory in peft's layout, A and B in fp32.
 
     module_name turns our module path into the donor's. The config lists every module by its whole path, so that peft
-    adapts these and nothing else. Raises ValueError if the model has no LoRA, layers of different settings, or merged
-    ones (its base weights then hold the update too), and OSError where the files cannot be written.
+    adapts these and nothing else; where ranks or alphas differ, the most frequent ones are the defaults and the others
+    stand in `rank_pattern` and `alpha_pattern`. under takes only the modules below a path, such as `text.` or
+    `vision.`. fold_rslora writes alpha * sqrt(rank) with `use_rslora` false, the same effect in runtimes that do not
+    know rank-stabilised scaling. metadata goes into the header of the safetensors file; `base_sha256` there is what
+    `load_peft` compares. Raises ValueError if there is no LoRA, settings differ that one file cannot hold apart, or
+    layers are merged (the base weights then hold the update too), and OSError where the files cannot be written.
     """
-    modules = lora_modules(model)
+    modules = {name: module for name, module in lora_modules(model).items() if name.startswith(under)}
     if not modules:
-        raise ValueError("the model has no LoRA to save")
+        raise ValueError(f"the model has no LoRA {f'under {under} ' if under else ''}to save")
     merged = [name for name, module in modules.items() if module.merged]
     if merged:
         raise ValueError(
             f"LoRA is merged into {len(merged)} layers, {merged[0]} the first: call unmerge_lora before saving"
         )
-    settings = {(module.rank, module.alpha, module.dropout, module.init) for module in modules.values()}
-    if len(settings) > 1:
+    shared = {(module.dropout, module.init, module.rslora or fold_rslora) for module in modules.values()}
+    if len(shared) > 1:
         raise ValueError(
-            f"LoRA layers differ in (rank, alpha, dropout, init), which one PEFT file cannot hold: {sorted(settings)}"
+            f"LoRA layers differ in (dropout, init, rslora), which one PEFT file cannot hold: {sorted(shared)}"
         )
-    rank, alpha, dropout, init = settings.pop()
+    dropout, init, rslora = shared.pop()
     donor_names = {name: module_name(name) for name in modules}
+    ranks = {donor_names[name]: module.rank for name, module in modules.items()}
+    alphas = {
+        donor_names[name]: module.alpha * math.sqrt(module.rank) if fold_rslora and module.rslora else module.alpha
+        for name, module in modules.items()
+    }
+    rank, rank_pattern = default_and_pattern(ranks)
+    alpha, alpha_pattern = default_and_pattern(alphas)
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM",
+        "task_type": "SEQ_2_SEQ_LM" if any(name.startswith("text.") for name in modules) else None,
         "base_model_name_or_path": base_model_name,
-        "target_modules": list(donor_names.values()),
+        "target_modules": list(ranks),
         "r": rank,
         "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "lora_dropout": dropout,
-        "use_rslora": True,
+        "use_rslora": rslora and not fold_rslora,
         "init_lora_weights": "gaussian" if init == "gaussian" else True,
         "bias": "none",
         "inference_mode": True,
@@ -82,86 +88,66 @@ def save_peft(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (directory / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
+    (directory / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt", **(metadata or {})}))
 
 
-def load_peft(model: nn.Module, directory: str | Path, our_name: Callable[[str], str]) -> list[str]:
-    """Inject the LoRA of a peft directory into a model without one and load its weights; the names of the modules, in
-    module order.
+def load_peft(
+    model: nn.Module, directory: str | Path, our_name: Callable[[str], str], base_sha256: str | None = None
+) -> list[str]:
+    """Inject the LoRA of a peft directory and load its weights; the names of the modules, in module order.
 
     our_name turns the donor's module path into ours; a LookupError or ValueError from it counts as an unexpected
-    name. A file with alpha / rank scaling (use_rslora false) gets the alpha that gives the same scaling here. Raises
-    FileNotFoundError where a file is missing; ValueError, and the model is as it was, where the config asks for what
-    we do not have, the names do not fit the model and the config in both directions (both lists are in the message),
-    or a shape differs.
+    name. The model may have LoRA on other layers. base_sha256: hash of the backbone that the model has; a file that
+    names another one in its metadata is refused, one that names none is not. Raises FileNotFoundError where a file is
+    missing; ValueError, and the model is as it was, where the config asks for what we do not have or makes no sense,
+    the names do not fit the model and the config in both directions (both lists are in the message), a layer has LoRA
+    already, a shape or dtype differs, or a number is not finite.
     """
-    refuse_second_injection(model)
     directory = Path(directory)
-    config = read_config(directory)
-    pairs = grouped(read_tensors(directory), directory)
-    rank = config["r"]
-    alpha = config["lora_alpha"] * (1.0 if config.get("use_rslora") else rank**-0.5)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    ours: dict[str, dict[str, Tensor]] = {}
-    unexpected = []
-    for donor, pair in pairs.items():
-        try:
-            name = our_name(donor)
-        except (LookupError, ValueError):
-            name = None
-        if name not in linears or name in ours or not is_targeted(donor, config["target_modules"]):
-            unexpected.append(donor)
-        else:
-            ours[name] = pair
-    missing = missing_targets(config["target_modules"], pairs, ours, linears)
-    if missing or unexpected:
+    config, path = read_lora_config(directory), directory / WEIGHTS_FILE
+    tensors, metadata = read_tensors(path)
+    refuse_other_base(path, metadata, base_sha256)
+    pairs = grouped(tensors, path)
+    candidates, present = linears(model), lora_modules(model)
+    names = {donor: try_name(our_name, donor) for donor in pairs}
+    taken = [name for name in names.values() if name in present]
+    if taken:
         raise ValueError(
-            f"{directory / WEIGHTS_FILE} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}"
+            f"{path}: the model has LoRA on {len(taken)} of its layers already, {taken[0]} the first; "
+            "merge_lora(model, remove=True) folds them in"
         )
-    wrong = []
-    for name, pair in ours.items():
-        expected = {"lora_A": (rank, linears[name].in_features), "lora_B": (linears[name].out_features, rank)}
-        wrong += [
-            f"{name}.{key} has shape {list(pair[key].shape)}, expected {list(shape)}"
-            for key, shape in expected.items()
-            if pair[key].shape != shape
-        ]
+    donors = {name: donor for donor, name in names.items() if name in candidates}
+    siblings = stack_siblings(donors, our_name, candidates)
+    targeted, settings = read_patterns(config, [*pairs, *siblings.values()], directory / CONFIG_FILE)
+    unexpected = [donor for donor in pairs if donor not in targeted or donors.get(names[donor]) != donor]
+    missing = untouched_targets(config["target_modules"], pairs)
+    missing = missing or [name for name, donor in siblings.items() if donor in targeted]
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+    wrong = [
+        complaint
+        for name, donor in donors.items()
+        for complaint in complaints(name, pairs[donor], settings[donor]["rank"], candidates[name])
+    ]
     if wrong:
-        raise ValueError(f"{directory / WEIGHTS_FILE} does not fit: {short(wrong)}")
-    init = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
-    names = replace_linears(model, ours, rank, alpha, config.get("lora_dropout", 0.0), init)
+        raise ValueError(f"{path} does not fit: {short(wrong)}")
+    common = {
+        "dropout": config.get("lora_dropout", 0.0),
+        "init": "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        "rslora": config.get("use_rslora", False),
+    }
+    ordered = replace_linears(model, {name: settings[donor] | common for name, donor in donors.items()})
     with torch.no_grad():
-        for name, module in lora_modules(model).items():
-            for own, parameter in module.adapter_parameters().items():
-                parameter.copy_(ours[name][own])
-    return names
+        for name in ordered:
+            for own, parameter in model.get_submodule(name).adapter_parameters().items():
+                parameter.copy_(pairs[donors[name]][own])
+    return ordered
 
 
-def read_config(directory: Path) -> dict:
-    """adapter_config.json, checked to be a LoRA that LoRALinear can compute."""
-    path = directory / CONFIG_FILE
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """adapter_model.safetensors by name, and the metadata of its header."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if not config.get(key):
-            raise ValueError(f"{path}: lacks {key}")
-    for key, values in WITHOUT_EFFECT.items():
-        if key in config and config[key] not in values:
-            raise ValueError(f"{path}: {key} = {json.dumps(config[key])} is not supported")
-    return config
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """adapter_model.safetensors by name."""
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
+        pickled = path.with_suffix(".bin").is_file()
         advice = (
             "; adapter_model.bin is a pickle and is not read: load it in peft and save_pretrained() it again"
             if pickled
@@ -169,12 +155,20 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         )
         raise FileNotFoundError(f"{path}: no such file{advice}")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
 
 
-def grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
+def refuse_other_base(path: Path, metadata: Mapping[str, str], base_sha256: str | None) -> None:
+    """Raises ValueError where a file's metadata name another backbone than the one that is given; either may be silent."""
+    made_for = metadata.get("base_sha256")
+    if None not in (made_for, base_sha256) and made_for != base_sha256:
+        raise ValueError(f"{path} was made for another backbone (sha256 {made_for[:12]}, here {base_sha256[:12]})")
+
+
+def grouped(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """The pair lora_A, lora_B of each donor module. Raises ValueError on other names and on half pairs."""
     pairs: dict[str, dict[str, Tensor]] = {}
     unexpected = []
@@ -191,37 +185,44 @@ def grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, 
         if own not in pair
     ]
     if missing or unexpected or not pairs:
-        raise ValueError(
-            f"{directory / WEIGHTS_FILE} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}"
-        )
+        raise ValueError(f"{path} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
     return pairs
 
 
-def is_targeted(donor: str, targets: str | list[str]) -> bool:
-    """Whether peft's target_modules cover a donor module: a list of whole paths or last components, a regular
-    expression, or all-linear.
+def try_name(our_name: Callable[[str], str], donor: str) -> str | None:
+    """our_name(donor), None for a name that it does not know."""
+    try:
+        return our_name(donor)
+    except (LookupError, ValueError):
+        return None
+
+
+def stack_siblings(donors: Mapping[str, str], our_name: Callable[[str], str], names: Iterable[str]) -> dict[str, str]:
+    """Linears that are not in the file and differ from one that is only in the number of their layer: the donor's
+    names by ours.
     """
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, donor) is not None
-    return any(donor == target or donor.endswith(f".{target}") for target in targets)
+    first: dict[str, str] = {}
+    for name, donor in donors.items():
+        first.setdefault(LAYER_NUMBER.sub(".*.", name), donor)
+    siblings = {}
+    for name in names:
+        donor, number = first.get(LAYER_NUMBER.sub(".*.", name)), LAYER_NUMBER.search(name)
+        if donor is not None and number is not None and name not in donors:
+            sibling = LAYER_NUMBER.sub(number[0], donor, count=1)
+            if try_name(our_name, sibling) == name:
+                siblings[name] = sibling
+    return siblings
 
 
-def missing_targets(
-    targets: str | list[str], pairs: Iterable[str], ours: Iterable[str], linears: Iterable[str]
-) -> list[str]:
-    """What the config promises and the file lacks: listed targets without a pair, and, for targets that are no whole
-    paths, layers of a stack that are left out while others are there.
-    """
-    if isinstance(targets, list):
-        lacking = [target for target in targets if not any(is_targeted(donor, [target]) for donor in pairs)]
-        if lacking or set(targets) <= set(pairs):
-            return lacking
-    kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in ours}
-    return [name for name in linears if re.sub(r"\.\d+\.", ".*.", name) in kinds and name not in ours]
-
-
-def short(names: Iterable[str], limit: int = 8) -> str:
-    """A sorted list for a message, cut after limit names."""
-    names = sorted(names)
-    rest = f", … ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest if names else "none"
+def complaints(name: str, pair: dict[str, Tensor], rank: int, linear: nn.Module) -> list[str]:
+    """What keeps a file's pair from being the LoRA of this rank on a linear."""
+    found = []
+    for own, shape in (("lora_A", (rank, linear.in_features)), ("lora_B", (linear.out_features, rank))):
+        tensor = pair[own]
+        if tensor.shape != shape:
+            found.append(f"{name}.{own} has shape {list(tensor.shape)}, expected {list(shape)}")
+        elif not tensor.is_floating_point():
+            found.append(f"{name}.{own} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        elif not tensor.float().isfinite().all():
+            found.append(f"{name}.{own} holds values that are not finite")
+    return found

@@ -1,5 +1,5 @@
-"""`LoRALinear`: a frozen nn.Linear with a trained low-rank update beside it (LoRA, arXiv 2106.09685; alpha /
-sqrt(rank), arXiv 2312.03732).
+"""`LoRALinear`: a frozen nn.Linear with a trained low-rank update beside it (LoRA with alpha / rank, arXiv
+2106.09685; rsLoRA with alpha / sqrt(rank), arXiv 2312.03732).
 
 Legend: R rank.
 """
@@ -7,40 +7,44 @@ Legend: R rank.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.functional import lora_linear, lora_projection
+from lora.quant import Linear4bit, compute_dtype
 
 INITS = ("gaussian", "kaiming")
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + scaling * dropout(x) A^T B^T, with scaling = alpha / sqrt(rank).
+    """y = base(x) + scaling * dropout(x) A^T B^T, with scaling = alpha / sqrt(rank), or alpha / rank without rslora.
 
     base is kept as it is and frozen. A (R, in) is normal with standard deviation 1/R (`gaussian`) or PEFT's default
     (`kaiming`), B (out, R) is zero: the first output is base's own. A and B are fp32 even beside a bf16 base. train()
     and eval() switch dropout and touch no weight; `merge` and `unmerge` are explicit, and while merged the update
-    lies in base.weight and forward is base alone. Raises ValueError on rank < 1, dropout outside [0, 1), an unknown
-    init, or a base that is no nn.Linear.
+    lies in base.weight and forward is base alone. Beside a 4-bit base (QLoRA, arXiv 2305.14314) the update is added to
+    the base's output and can not be merged. Raises ValueError on rank < 1, dropout outside [0, 1), an unknown init, or
+    a base that is neither nn.Linear nor Linear4bit.
     """
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Linear | Linear4bit,
         rank: int = 8,
         alpha: float = 8.0,
         dropout: float = 0.1,
         init: str = "gaussian",
         generator: torch.Generator | None = None,
+        rslora: bool = True,
     ):
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise ValueError(f"LoRA goes on nn.Linear, not on {type(base).__name__}")
-        check_settings(rank, dropout, init)
+        if not isinstance(base, nn.Linear | Linear4bit):
+            raise ValueError(f"LoRA goes on nn.Linear or Linear4bit, not on {type(base).__name__}")
+        check_settings(rank, alpha, dropout, init)
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.rank, self.alpha, self.dropout, self.init = rank, alpha, dropout, init
-        self.scaling = alpha / math.sqrt(rank)
+        self.rank, self.alpha, self.dropout, self.init, self.rslora = rank, alpha, dropout, init, rslora
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=base.weight.device))
@@ -54,6 +58,10 @@ class LoRALinear(nn.Module):
         """(..., in) → (..., out)."""
         if self.merged:
             return self.base(x)
+        if isinstance(self.base, Linear4bit):
+            x = x.to(compute_dtype(x))
+            projected = lora_projection(x, self.lora_A, self.scaling, self.dropout, self.training)
+            return self.base(x) + F.linear(projected, self.lora_B.to(x.dtype))
         return lora_linear(
             x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling, self.dropout, self.training
         )
@@ -65,8 +73,9 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             return self.base.weight, None, None
+        weight = self.base.dequantized(x.dtype) if isinstance(self.base, Linear4bit) else self.base.weight
         projected = lora_projection(x, self.lora_A, self.scaling, self.dropout, self.training)
-        return self.base.weight, projected, self.lora_B
+        return weight, projected, self.lora_B
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Its own parameters by name, without base's."""
@@ -84,10 +93,15 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Add the update to base.weight, rounding once; the old weight is kept for `unmerge`. Does nothing if merged
-        already.
+        already. Raises ValueError on a 4-bit base.
         """
         if self.merged:
             return
+        if isinstance(self.base, Linear4bit):
+            raise ValueError(
+                "LoRA is not merged into a 4-bit base: rounding W + scaling * B A to 16 levels loses most of a small update; "
+                "keep LoRA beside the base, or dequantize_base(model) first and merge in full precision"
+            )
         self.unmerged_weight = self.base.weight.detach().clone()
         self.base.weight.copy_(self.base.weight.to(self.lora_A.dtype) + self.delta_weight())
 
@@ -104,10 +118,12 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, {scale}, dropout={self.dropout:g}, merged={self.merged}"
 
 
-def check_settings(rank: int, dropout: float, init: str) -> None:
+def check_settings(rank: int, alpha: float, dropout: float, init: str) -> None:
     """Raises ValueError, in one line, on settings that no LoRALinear can have."""
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, not {rank}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"LoRA alpha must be above 0 and finite, not {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"LoRA dropout must be at least 0 and below 1, not {dropout}")
     if init not in INITS:

@@ -67,7 +67,7 @@ def frozen_run(tiny_data, t5_directory, tmp_path):
 
 
 def test_a_frozen_decoder_is_named_not_copied(frozen_run, t5_directory):
-    assert not (frozen_run / "text").exists() and (frozen_run / "vision.safetensors").exists()
+    assert not (frozen_run / "text").exists() and (frozen_run / "vision" / "model.safetensors").exists()
     facts = json.loads((frozen_run / "config.json").read_text())["model"]
     assert facts["text"]["name"] == str(t5_directory) and len(facts["text"]["hash"]) == 64 and not facts["text"]["embedded"]
     model, tokenizer, _ = captioner.load(frozen_run)

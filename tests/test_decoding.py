@@ -43,7 +43,7 @@ def test_attention_of_a_written_caption_is_that_of_its_tokens(opened):
 def test_the_hash_is_of_everything_that_decides_the_model(opened, tmp_path):
     before = weights_hash(opened, None)
     assert before == weights_hash(opened, "best") and len(before) == 64
-    for file in ("bridge.safetensors", "adapter/adapter_model.safetensors", "text/model.safetensors", "vision.safetensors", "text/spiece.model"):
+    for file in ("bridge.safetensors", "adapter/adapter_model.safetensors", "text/model.safetensors", "vision/model.safetensors", "text/spiece.model"):
         shutil.copyfile(opened.path / file, tmp_path / "kept")
         (opened.path / file).unlink()  # the checkpoint may share the file
         (opened.path / file).write_bytes((tmp_path / "kept").read_bytes() + b" ")

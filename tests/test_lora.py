@@ -11,8 +11,11 @@ from torch import nn
 import lora
 from captioner.model import Captioner
 from captioner.t5 import T5, T5Config
+from lora.adapters import apply_adapters
 from lora.functional import IMPLEMENTATIONS, draw_keep_mask, keep_probability, lora_linear
+from lora.inject import lora_modules
 from lora.layers import LoRALinear
+from lora.quant import quantize_base
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -180,13 +183,14 @@ def test_the_mean_over_masks_is_the_output_without_dropout():
 # ---- the layer against peft ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("bias", [False, True])
-def test_output_and_gradients_equal_pefts(bias):
+def test_output_and_gradients_equal_pefts(bias, rslora):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Linear(24, 40, bias=bias)
-    ours = LoRALinear(copy.deepcopy(base), rank=8, alpha=8, dropout=0.0)
-    config = peft.LoraConfig(r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=True, target_modules=["0"])
+    ours = LoRALinear(copy.deepcopy(base), rank=8, alpha=6, dropout=0.0, rslora=rslora)
+    config = peft.LoraConfig(r=8, lora_alpha=6, lora_dropout=0.0, use_rslora=rslora, target_modules=["0"])
     theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
     A, B = torch.randn(8, 24), torch.randn(40, 8)
     with torch.no_grad():
@@ -201,7 +205,7 @@ def test_output_and_gradients_equal_pefts(bias):
     found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, reference = ours(found), theirs(expected)
     y.backward(upstream), reference.backward(upstream)
-    assert ours.scaling == theirs.scaling["default"] == 8 / math.sqrt(8)
+    assert ours.scaling == theirs.scaling["default"] == (6 / math.sqrt(8) if rslora else 6 / 8)
     for a, b in (
         (y, reference),
         (found.grad, expected.grad),
@@ -211,24 +215,43 @@ def test_output_and_gradients_equal_pefts(bias):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-4 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("rank, std", [(4, 1 / 4), (16, 1 / 16)])
-def test_gaussian_init(rank, std):
-    torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(4000, 3), rank=rank)
-    assert layer.lora_A.std().item() == pytest.approx(std, rel=0.03) and abs(layer.lora_A.mean().item()) < 0.1 * std
-    assert not layer.lora_B.any()
+def test_dropout_keeps_and_scales_as_pefts():
+    peft = pytest.importorskip("peft")
+    base = nn.Linear(200, 200, bias=False)
+    nn.init.zeros_(base.weight)
+    config = peft.LoraConfig(r=200, lora_alpha=200, lora_dropout=0.3, target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config).base_model.model[0].train()
+    ours = LoRALinear(base, rank=200, alpha=200, dropout=0.3, rslora=False).train()
+    with torch.no_grad():
+        for A_or_B in (ours.lora_A, ours.lora_B, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight):
+            A_or_B.copy_(torch.eye(200))
+        torch.manual_seed(0)
+        found, expected = ours(torch.ones(1000, 200)), theirs(torch.ones(1000, 200))
+    # Four standard deviations of the mean of 200,000 draws.
+    spread = 4 * math.sqrt(0.3 * 0.7 / 200_000)
+    for y in (found, expected):
+        assert (y != 0).double().mean().item() == pytest.approx(0.7, abs=spread)
+    assert found.max().item() == pytest.approx(expected.max().item(), rel=1e-4)
+    assert set(found.unique().tolist()) == {0.0, found.max().item()}
 
 
-def test_kaiming_init_is_pefts_default():
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+def test_first_values_are_pefts(rank, init):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(
-        nn.Sequential(nn.Linear(4000, 3)), peft.LoraConfig(r=8, target_modules=["0"])
-    ).base_model.model[0]
-    ours = LoRALinear(nn.Linear(4000, 3), rank=8, init="kaiming").lora_A
-    expected = theirs.lora_A["default"].weight
+    config = peft.LoraConfig(r=rank, target_modules=["0"], init_lora_weights="gaussian" if init == "gaussian" else True)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(4000, 3)), config).base_model.model[0]
+    layer = LoRALinear(nn.Linear(4000, 3), rank=rank, init=init)
+    ours, expected = layer.lora_A.detach(), theirs.lora_A["default"].weight.detach()
     assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.03)
-    assert ours.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.03)
+    assert abs(ours.mean().item()) < 0.1 * expected.std().item()
+    for quantile in (0.01, 0.25, 0.75, 0.99):
+        level = expected.flatten().quantile(quantile)
+        assert (ours < level).double().mean().item() == pytest.approx(quantile, abs=0.02)
+    assert not layer.lora_B.any() and not theirs.lora_B["default"].weight.any()
+    if init == "gaussian":
+        assert ours.std().item() == pytest.approx(1 / rank, rel=0.03)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -303,6 +326,10 @@ def test_autocast(base_dtype):
     [
         ({"rank": 0}, "rank"),
         ({"rank": -2}, "rank"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": -8.0}, "alpha"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"alpha": math.inf}, "alpha"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
         ({"init": "zeros"}, "gaussian"),
@@ -361,6 +388,23 @@ def test_names_are_exact_and_in_module_order():
             [f"text.decoder.blocks.{i}.{kind}.q_proj" for i in range(2) for kind in ("self_attn", "cross_attn")],
         ),
         (("blocks.1.mlp",), ("decoder",), [f"text.decoder.blocks.1.mlp.{name}" for name in ("wi_0", "wi_1", "wo")]),
+        (
+            ("q", "v"),
+            ("encoder", "vision"),
+            [
+                *(f"vision.attn.{name}" for name in ("q_proj", "v_proj")),
+                *(f"text.encoder.blocks.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")),
+            ],
+        ),
+        (
+            ("cross_attn.k", "out_proj", "wi_1"),
+            ("decoder",),
+            [
+                f"text.decoder.blocks.{i}.{name}"
+                for i in range(2)
+                for name in ("self_attn.o_proj", "cross_attn.k_proj", "cross_attn.o_proj", "mlp.wi_1")
+            ],
+        ),
     ],
 )
 def test_targets(targets, where, expected):
@@ -382,6 +426,8 @@ def test_targets(targets, where, expected):
         (("mlp.fc1",), ("decoder",), "'mlp.fc1' matches no linear layer in the decoder"),
         (("cross_attn",), ("decoder", "vision"), "'cross_attn' matches no linear layer in the vision"),
         (("q.proj",), ("decoder",), "unknown LoRA target"),
+        (("x.q",), ("decoder",), "unknown LoRA target 'x.q'"),
+        (("wi",), ("decoder",), "unknown LoRA target 'wi'"),
         (("attn",), ("everywhere",), "decoder, encoder, vision"),
         (("attn",), ("encoder",), "no encoder"),
         ((), ("decoder",), "targets"),
@@ -396,6 +442,57 @@ def test_errors_name_the_thing_and_change_nothing(targets, where, named):
         lora.apply_lora(model, targets, where)
     assert "\n" not in str(caught.value)
     assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_rank_for_each_place():
+    model = tiny_captioner(num_layers=1)
+    lora.apply_lora(model, ("attn",), ("decoder", "vision", "encoder"), rank={"decoder": 8, "vision": 4, "encoder": 2})
+    for name, layer in lora_modules(model).items():
+        rank = 4 if name.startswith("vision.") else 2 if name.startswith("text.encoder.") else 8
+        assert layer.rank == rank == layer.lora_A.shape[0] and layer.scaling == 8 / math.sqrt(rank)
+
+
+@pytest.mark.parametrize(
+    ("rank", "named"),
+    [
+        ({"decoder": 8}, "decoder, vision: missing: vision; unexpected: none"),
+        ({"decoder": 8, "vision": 4, "encoder": 4, "text": 1}, "missing: none; unexpected: encoder, text"),
+        ({}, "missing: decoder, vision"),
+        ({"decoder": 8, "vision": 0}, "rank must be at least 1, not 0"),
+    ],
+)
+def test_ranks_must_name_exactly_the_places(rank, named):
+    model = tiny_captioner()
+    with pytest.raises(ValueError, match=named):
+        lora.apply_lora(model, ("attn",), ("decoder", "vision"), rank=rank)
+    assert not lora_modules(model)
+
+
+def test_timm_transformers_have_attention_and_mlp_too():
+    timm = pytest.importorskip("timm")
+    vision = timm.models.VisionTransformer(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2, num_classes=0)
+    vision.width = 24
+    model = Captioner(vision, tiny_captioner().text)
+    names = lora.apply_lora(model, ("attn", "ffn"), ("vision",))
+    assert names == [f"vision.blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+def test_linears_inside_adapters_get_no_lora():
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Identity()
+            self.adapters = nn.ModuleDict({"caption": nn.ModuleDict({"down": nn.Linear(32, 2), "wo": nn.Linear(2, 32)})})
+
+        def adapter_parameters(self):
+            return {name: parameter for name, parameter in self.named_parameters() if name.startswith("adapters.")}
+
+    model = tiny_captioner()
+    expected = lora.apply_lora(tiny_captioner())
+    model.text.decoder.blocks[0].mlp_residual = Adapter()
+    with pytest.raises(ValueError, match="unknown LoRA target 'down'"):
+        lora.apply_lora(model, ("down",))
+    assert lora.apply_lora(model) == expected
 
 
 def test_a_second_injection_is_refused_until_the_first_is_folded_in():
@@ -437,7 +534,110 @@ def test_whole_model_merge_and_unmerge():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_4_bit_base_is_not_merged_and_nothing_else_is_either():
+    pytest.importorskip("bitsandbytes")
+    model = tiny_captioner()
+    quantize_base(model, parts=("text",))
+    # The vision layers stand first in the model, and could be merged.
+    names = lora.apply_lora(model, ("attn",), ("vision", "decoder"))
+    random_B(model)
+    before = copy.deepcopy(model.state_dict())
+    for remove in (False, True):
+        with pytest.raises(ValueError, match="4-bit"):
+            lora.merge_lora(model, remove=remove)
+    assert list(lora_modules(model)) == names and not any(layer.merged for layer in lora_modules(model).values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 # ---- what is trained -------------------------------------------------------------------------------------
+
+
+class Prompt(nn.Module):
+    """A trained prefix as a T5 stack takes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.randn(3, 32))
+
+    def forward(self, batch):
+        return self.embeddings.expand(batch, -1, -1)
+
+    def adapter_parameters(self):
+        return {"embeddings": self.embeddings}
+
+
+def with_everything() -> Captioner:
+    """LoRA, two bottleneck adapters and a soft prompt in one decoder."""
+    model = tiny_captioner()
+    for name in ("question", "caption"):
+        apply_adapters(model, ("ffn",), ("decoder",), reduction=8, name=name)
+    lora.apply_lora(model, ("q", "v"), rank=2)
+    model.text.decoder.prefix = Prompt()
+    return model
+
+
+def kind_of(name: str) -> str:
+    found = [kind for kind in ("lora_", "prefix", "question", "caption", "bridge") if kind in name]
+    return found[0] if found else "base"
+
+
+def test_every_kind_of_adapter_is_listed():
+    listed = lora.adapter_parameters(with_everything())
+    assert {kind_of(name) for name in listed} == {"lora_", "prefix", "question", "caption"}
+    parameters = dict(with_everything().named_parameters())
+    assert listed.keys() == {name for name in parameters if kind_of(name) not in ("base", "bridge")}
+    assert "text.decoder.prefix.embeddings" in listed
+    assert "text.decoder.blocks.1.cross_attn.v_proj.lora_B" in listed
+
+
+@pytest.mark.parametrize(
+    ("frozen", "still"),
+    [
+        ((), {"lora_", "prefix", "question", "caption", "bridge"}),
+        (("lora",), {"prefix", "question", "caption", "bridge"}),
+        (("prompt", "question"), {"lora_", "caption", "bridge"}),
+        (("caption", "bridge"), {"lora_", "prefix", "question"}),
+        (("lora", "prompt", "bridge", "question", "caption"), set()),
+    ],
+)
+@pytest.mark.parametrize("also", [("bridge",), ("bridge", "text.decoder")])
+def test_frozen_parts_stay_as_they_are(frozen, still, also):
+    model = with_everything()
+    trainable = lora.set_trainable(model, also, frozen)
+    assert {kind_of(name) for name in trainable} == still | ({"base"} if len(also) > 1 else set())
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(trainable)
+
+
+@pytest.mark.parametrize("frozen", ["answer", "vision", "base"])
+def test_what_is_not_there_cannot_be_frozen(frozen):
+    model = with_everything()
+    with pytest.raises(ValueError, match=rf"'{frozen}' to freeze: .*lora.*question, caption, bridge"):
+        lora.set_trainable(model, ("bridge",), (frozen,))
+    with pytest.raises(ValueError, match="'lora' to freeze: what would be trained is bridge"):
+        lora.set_trainable(tiny_captioner(), ("bridge",), ("lora",))
+
+
+def test_the_table_has_a_row_for_each_adapter():
+    model = with_everything()
+    rows = lora.parameter_table(model, lora.set_trainable(model, frozen=("question",)))
+    assert [row.part for row in rows[-5:]] == ["LoRA", "adapter question", "adapter caption", "soft prompt", "total"]
+    table = {row.part: row for row in rows}
+    # Two linears of 32 and 4 with their biases in each of two blocks; four linears of 32 and 16 in each.
+    assert table["adapter question"] == ("adapter question", 0, 2 * (2 * 32 * 4 + 32 + 4))
+    assert table["adapter caption"].trainable == table["adapter caption"].total == table["adapter question"].total
+    assert table["soft prompt"] == ("soft prompt", 96, 96) and table["LoRA"] == ("LoRA", *[8 * 2 * 48] * 2)
+    assert table["total"].total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_table_counts_numbers_in_4_bits():
+    pytest.importorskip("bitsandbytes")
+    model = tiny_captioner(tied=True)
+    lora.apply_lora(model)
+    expected = lora.parameter_table(model, lora.set_trainable(model))
+    packed = tiny_captioner(tied=True)
+    quantize_base(packed)
+    lora.apply_lora(packed)
+    assert lora.parameter_table(packed, lora.set_trainable(packed)) == expected
 
 
 def test_a_training_step_moves_the_listed_parameters_and_nothing_else():
@@ -515,7 +715,7 @@ def test_the_table_sums_to_the_models_parameters(tied):
         "text encoder",
         "text decoder",
         "embeddings + head",
-        "lora adapters",
+        "LoRA",
         "total",
     ]
     assert (
@@ -528,7 +728,7 @@ def test_the_table_sums_to_the_models_parameters(tied):
         == sum(row.trainable for row in rows[:-1])
         == sum(parameter.numel() for parameter in trainable.values())
     )
-    adapters = next(row for row in rows if row.part == "lora adapters")
+    adapters = next(row for row in rows if row.part == "LoRA")
     # Per decoder block 4 + 4 attention linears between 32 and 2 * 8, wi_0 and wi_1 from 32 to 40, wo back.
     assert (
         adapters.trainable == adapters.total == 2 * 4 * (8 * (32 + 16) + 3 * (32 + 40))

@@ -44,7 +44,7 @@ def test_a_run_directory_carries_everything(tiny_flags, tiny_data, tmp_path, cap
     summary = tmp_path / "summary.json"
     assert run([*tiny_flags, "--eval-every", "2", "--log-every", "1", "--json", str(summary)]) == 0
     out = tmp_path / "run"
-    for name in ("config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "bridge.safetensors", "vision.safetensors",
+    for name in ("config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "bridge.safetensors", "vision/config.json", "vision/model.safetensors",
                  "text/config.json", "text/model.safetensors", "text/spiece.model", "metrics.jsonl", "loss.png", "report.html",
                  "checkpoints/best/bridge.safetensors", "checkpoints/last/optimizer.safetensors", "checkpoints/last/state.json"):  # fmt: skip
         assert (out / name).is_file(), name

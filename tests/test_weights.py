@@ -1,5 +1,6 @@
 """Reading, renaming, checking and fingerprinting of weights."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from captioner import vit
+from captioner.clip_hf import ACTIVATIONS, clip_config_to_hf
 from captioner.errors import UserError
-from captioner.weights import Split, export, fetch, fetch_weights, fingerprint, load_into, read_state_dict, rename
+from captioner.weights import (
+    HF_CLIP_VISION, Split, clip_to_hf, export, fetch, fetch_weights, fingerprint, hf_module_name, load_into, our_module_name, read_state_dict, rename,
+)  # fmt: skip
 from tests.hub_cache import hub, put  # noqa: F401
 
 TABLE = {
@@ -248,3 +253,89 @@ def test_fetch_weights_single_sharded_and_missing(hub):  # noqa: F811
 
     with pytest.raises(UserError, match="model.safetensors or model.safetensors.index.json of no/thing"):
         fetch_weights("no/thing")
+
+
+# ---- Hugging Face CLIP -----------------------------------------------------------------------------------
+
+TOWER = vit.VisionConfig(image_size=32, patch_size=16, width=32, layers=2, heads=4, mlp_ratio=1.5, norm_eps=1e-3, activation="quick_gelu")
+
+
+def random_tower(config: vit.VisionConfig) -> vit.VisionTransformer:
+    """A tower all of whose weights matter."""
+    torch.manual_seed(0)
+    tower = vit.VisionTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    return tower
+
+
+def export_clip(tower: vit.VisionTransformer, folder):
+    """(CLIPVisionModel, loading info) of the tower's export."""
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir(exist_ok=True)
+    save_file(clip_to_hf(tower, tower.config), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(clip_config_to_hf(tower.config)))
+    model, info = transformers.CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
+    return model.eval(), info
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*({"activation": activation} for activation in ACTIVATIONS.values()), {"positions": "sin_cos_2d"}, {"image_size": 39, "patch_size": 12}],
+    ids=lambda changes: ",".join(map(str, changes.values())),
+)
+def test_an_exported_clip_loads_in_transformers_and_gives_the_same_tokens(tmp_path, changes):
+    tower = random_tower(dataclasses.replace(TOWER, **changes))
+    model, info = export_clip(tower, tmp_path)
+    assert not any(info.values()), info
+    pixels = torch.randn(2, 3, tower.image_size, tower.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).last_hidden_state, tower(pixels), rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert read_state_dict(tmp_path / "again").keys() == clip_to_hf(tower, tower.config).keys(), "the names that it writes itself"
+    renamed = rename(model.state_dict(), HF_CLIP_VISION)
+    assert fingerprint(renamed) == fingerprint(tower)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"pre_norm": False}, "cannot express this image encoder: it has no norm before its first block$"),
+        ({"layer_scale": 1e-5}, r"it has factors on its residual branches \(layer_scale\)"),
+        ({"layer_scale": 1e-5, "pre_norm": False}, "first block and factors on"),
+    ],
+)
+def test_towers_that_hugging_face_cannot_express(changes, words):
+    tower = vit.VisionTransformer(dataclasses.replace(TOWER, **changes))
+    for write in (lambda: clip_to_hf(tower, tower.config), lambda: clip_config_to_hf(tower.config)):
+        with pytest.raises(UserError, match=words):
+            write()
+
+
+def test_module_names_of_clip(tmp_path):
+    tower = random_tower(TOWER)
+    model, _ = export_clip(tower, tmp_path)
+    translated = {}
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            translated[name] = hf_module_name(f"vision.{name}")
+            assert torch.equal(model.get_submodule(translated[name]).weight, module.weight), name
+            assert our_module_name(translated[name]) == our_module_name(f"vision_model.{translated[name]}") == f"vision.{name}"
+    theirs = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm)}
+    assert set(translated.values()) == theirs - {"post_layernorm"}
+    assert hf_module_name("vision.blocks.10.attn.o_proj") == "encoder.layers.10.self_attn.out_proj"
+
+
+def test_module_names_of_timm():
+    for name in ("vision.trunk.blocks.0.attn.qkv", "vision.trunk.stages.2.blocks.1.mlp.fc1"):
+        assert hf_module_name(name) == name.removeprefix("vision.") and our_module_name(hf_module_name(name)) == name
+
+
+def test_names_that_neither_side_has():
+    for name in ("vision.blocks.0.attn", "vision.blocks.0.attn.qkv", "vision.encoder.layers.0.mlp.fc1", "blocks.0.mlp.fc1", "vision.position_embedding"):
+        with pytest.raises(UserError, match=f"{name} has no counterpart in Hugging Face's T5 or its CLIPVisionModel"):
+            hf_module_name(name)
+    for name in ("post_layernorm", "visual_projection", "embeddings.position_embedding", "text_model.encoder.layers.0.mlp.fc1", "vision.blocks.0.mlp.fc1"):
+        with pytest.raises(UserError, match=f"{name} of Hugging Face's T5 has no counterpart here, nor of its CLIPVisionModel"):
+            our_module_name(name)
