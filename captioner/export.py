@@ -149,7 +149,7 @@ def check(run: Path, facts: dict, format: str, output: Path, certificate_path: P
         raise UsageError(f"--dequantize: the base of {run} is not in 4 bits")
     if format == "merged" and facts["base_bits"] and not dequantize:
         raise UserError(
-            f"{run}: LoRA is not merged into a base in 4 bits, where rounding to 16 levels loses most of the update: --dequantize merges in full precision "
+            f"{run}: LoRA is not merged into a base in 4 bits, where rounding to 16 levels loses most of a small update: --dequantize merges in full precision "
             "into the dequantised weights, --format peft or bundle keeps LoRA beside the base"
         )
 

@@ -132,9 +132,9 @@ def load_peft(
     if wrong:
         raise ValueError(f"{path} does not fit: {short(wrong)}")
     common = {
-        "dropout": config.get("lora_dropout", 0.0),
+        "dropout": config.get("lora_dropout") or 0.0,
         "init": "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-        "rslora": config.get("use_rslora", False),
+        "rslora": bool(config.get("use_rslora")),
     }
     ordered = replace_linears(model, {name: settings[donor] | common for name, donor in donors.items()})
     with torch.no_grad():

@@ -13,6 +13,7 @@ The state dict of a 4-bit module is that of the plain module in its place: its d
 Loading one quantises.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -29,10 +30,15 @@ UNPACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsand
 
 def bitsandbytes_functional():
     """The module `bitsandbytes.functional`. Raises ValueError where it is not installed."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns, when it is imported, of a kernel that is not used here
     try:
         from bitsandbytes import functional
     except ImportError as error:
         raise ValueError("a 4-bit base needs bitsandbytes: pip install bitsandbytes") from error
+    finally:
+        log.setLevel(level)
     return functional
 
 
@@ -67,8 +73,7 @@ def unpack(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype
         blocksize=BLOCK,
         quant_type="nf4",
     )
-    # One block a row, since its CPU kernel reads wrong scales for rows narrower than a block; packed as a column, since
-    # it transposes the values of what is packed in one row.
+    # One block a row: its CPU kernel reads wrong scales for rows narrower than a block. Its own layout is one column.
     values = functional.dequantize_4bit(packed.view(-1, 1), state).to(dtype)
     return values.flatten()[: shape.numel()].view(shape)
 

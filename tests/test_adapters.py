@@ -616,7 +616,7 @@ def cut(path) -> None:
 def test_missing_files_and_other_bases_are_named(tmp_path):
     saved(tmp_path)
     model = pair()[0]
-    with pytest.raises(ValueError, match="was made for another backbone \(sha256 0123456789ab, here ffffffffffff\)$"):
+    with pytest.raises(ValueError, match=r"was made for another backbone \(sha256 0123456789ab, here ffffffffffff\)$"):
         adapter_files.load_adapter(model, tmp_path, "f" * 64)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors: no such file"):

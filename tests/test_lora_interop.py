@@ -558,6 +558,14 @@ def test_files_that_do_not_fit_are_refused_with_both_lists(tmp_path, edit, named
     assert not lora.adapter_parameters(model) and "\n" not in str(caught.value)
 
 
+def test_settings_that_are_null_have_pefts_defaults(tmp_path):
+    saved_by_us(tmp_path)
+    edit_config(tmp_path, lora_dropout=None, use_rslora=None, rank_pattern=None, alpha_pattern=None, exclude_modules=None)
+    model, _ = pair_of_models()
+    layer = model.get_submodule(lora.load_peft(model, tmp_path, our_name)[0])
+    assert (layer.dropout, layer.rslora, layer.scaling) == (0.0, False, 6 / 4)
+
+
 def test_a_layer_left_out_of_a_suffix_target_is_missing(tmp_path):
     saved_by_peft(tmp_path)
     edit_tensors(tmp_path, drop_module)

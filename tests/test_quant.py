@@ -335,8 +335,9 @@ def test_the_state_dict_is_the_plain_models_and_loading_it_quantises():
 @needs_bitsandbytes
 @on_each_device
 def test_moving_keeps_ties_and_values(device):
-    model = tiny_captioner(tied=True)
+    model = tiny_captioner(tied=True).eval()
     quantize_base(model)
+    assert not any(module.training for module in model.modules())
     expected = model.state_dict()
     model.to(device)
     assert model.text.embedding.weight is model.text.lm_head.weight

@@ -591,7 +591,7 @@ def test_damaged_and_missing_files(saved):
 
 
 def test_other_bases_and_models(saved):
-    refused(saved, ValueError, "was made for another backbone \(sha256 abababababab, here cdcdcdcdcdcd\)", base_sha256="cd" * 32)
+    refused(saved, ValueError, r"was made for another backbone \(sha256 abababababab, here cdcdcdcdcdcd\)", base_sha256="cd" * 32)
     theirs, _ = pair()
     decoder_only = captioner_of(theirs, {"num_layers": 0})
     refused(saved, ValueError, r"does not fit: this model has no encoder \(text.encoder\) for a soft prompt", decoder_only)

@@ -86,6 +86,29 @@ def test_lora_and_bf16_weights_take_part(tmp_path):
     torch.testing.assert_close(rounded, adapted, rtol=0, atol=0.05)
 
 
+def test_a_prompt_shifts_no_map(pair):
+    """With a prompt before the decoder's text the rows are those of the text; with one read by the encoder the grid is that of the image tokens."""
+    donor, model, tokenizer = pair
+    prompt = torch.randn(4, SIZES["d_model"], generator=torch.Generator().manual_seed(7))
+    image, ids = memory_of(2, 10), torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(8))
+    ids[:, 0] = 0
+    lora.apply_soft_prompt(model, prompt, ("decoder", "encoder"))
+    try:
+        with torch.no_grad():
+            instruction = donor.encoder(inputs_embeds=prompt[None]).last_hidden_state.expand(2, -1, -1)
+            memory = torch.cat([image, instruction], dim=1)
+            embeddings = torch.cat([prompt.expand(2, -1, -1), donor.shared(ids)], dim=1)
+            read = donor(encoder_outputs=BaseModelOutput(last_hidden_state=memory), decoder_inputs_embeds=embeddings, output_attentions=True).cross_attentions
+        expected = torch.stack(read).mean((0, 2))[:, len(prompt) :]  # (B, T, N + P)
+        torch.testing.assert_close(cross_attention(model.text, memory, ids), expected, rtol=0, atol=1e-5)
+        for row, (words, maps) in enumerate(word_attention(model, memory, torch.cat([ids, ids[:, :1]], dim=1), tokenizer)):
+            _, members = merge_tokens([*ids[row, 1:].tolist(), 0], tokenizer)
+            assert maps.shape == (len(words), 3, 3)
+            np.testing.assert_allclose(maps[0].flatten(), expected[row, members[0]].mean(0)[1:10], rtol=0, atol=1e-5)
+    finally:
+        model.text.decoder.prefix = model.text.encoder.prefix = None
+
+
 class Pieces:
     """A tokenizer of a few known pieces; ids 0, 1, 2 are pad, eos, unk."""
 
