@@ -3,6 +3,7 @@
     python train.py --lora-targets attn,ffn                          the embedded demo: drawn scenes, tiny backbones, minutes on two CPU cores
     python train.py --preset base --data DATA                        CLIP ViT-B/16 and Flan-T5-base, frozen; bridge and LoRA trained
     python train.py --base runs/NAME --data DATA                     adapt a trained run, frozen, to other pictures or another style
+    python train.py --lora-targets none --adapters attn,ffn          bottleneck adapters instead of LoRA; --soft-prompt, --base-bits 4: see the README
 """
 
 import contextlib

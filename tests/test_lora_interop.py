@@ -573,6 +573,13 @@ def test_a_layer_left_out_of_a_suffix_target_is_missing(tmp_path):
         lora.load_peft(pair_of_models()[0], tmp_path, our_name)
 
 
+def test_siblings_are_layers_whose_names_differ_in_the_first_number():
+    names = ["vision.layers.0.blocks.0.qkv", "vision.layers.0.blocks.1.qkv", "vision.layers.1.blocks.0.qkv", "vision.layers.0.blocks.0.proj"]
+    found = lora.interop.stack_siblings({names[0]: "layers.0.blocks.0.qkv"}, lambda donor: f"vision.{donor}", names)
+    # blocks.1 differs in the second: with the first number alone its name would be that of blocks.0.
+    assert found == {names[2]: "layers.1.blocks.0.qkv"}
+
+
 def test_weights_outside_the_configs_targets_are_unexpected(tmp_path):
     saved_by_us(tmp_path)
     edit_config(tmp_path, target_modules=["q", "k", "v", "o", "wi_0", "wi_1"])
