@@ -283,7 +283,7 @@ def recipe(facts: dict, has_hf_vision: bool) -> list[str]:
     """Lines of README.md: code that captions an image without this program, where that can be."""
     vision, text = facts["vision"], facts["text"]
     if not has_hf_vision or facts["adapters"] or facts["prompt"]:
-        return ["There is no such code for this captioner: it has parts that only `captioner.load` knows."]
+        return ["Only `captioner.load` puts this captioner together: it has parts that the other programs do not know."]
     from_vision = '"vision"' if vision["embedded"] else f"...  # {vision['name']}:{vision['weights']} in Hugging Face's form"
     from_text = '"text"' if text["embedded"] else repr(text["name"])
     has_lora = bool(facts["lora"])

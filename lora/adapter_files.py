@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from lora.adapters import (
@@ -21,7 +20,7 @@ from lora.adapters import (
     residual_names,
 )
 from lora.inject import WHERE
-from lora.interop import WEIGHTS_FILE, read_tensors, refuse_other_base
+from lora.interop import WEIGHTS_FILE, read_tensors, refuse_other_base, write_tensors
 from lora.peft_config import CONFIG_FILE, read_config, short
 
 
@@ -42,7 +41,7 @@ def save_adapter(model: nn.Module, name: str, directory: str | Path, metadata: M
     directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps({"peft_type": "BOTTLENECK"} | all_settings(model)[name]._asdict(), indent=2)
     (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    (directory / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"} | dict(metadata or {})))
+    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, base_sha256: str | None = None, name: str | None = None) -> str:

@@ -88,7 +88,7 @@ def save_peft(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (directory / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt", **(metadata or {})}))
+    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
 
 
 def load_peft(
@@ -142,6 +142,17 @@ def load_peft(
             for own, parameter in model.get_submodule(name).adapter_parameters().items():
                 parameter.copy_(pairs[donors[name]][own])
     return ordered
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file whose bytes depend on its content alone: safetensors itself writes several metadata in random order."""
+    content = save(tensors, {"format": "pt", **(metadata or {})})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -28,11 +28,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora.inject import WHERE, has_place
-from lora.interop import CONFIG_FILE, WEIGHTS_FILE, read_tensors, refuse_other_base, short
+from lora.interop import CONFIG_FILE, WEIGHTS_FILE, read_tensors, refuse_other_base, short, write_tensors
 from lora.peft_config import read_config
 
 PLACES = ("encoder", "decoder")  # in the order of peft's rows
@@ -170,8 +169,7 @@ def save_prompt(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    metadata = {"format": "pt"} | dict(metadata or {}) | {"places": ",".join(found)}
-    (directory / WEIGHTS_FILE).write_bytes(save(tensors, metadata))
+    write_tensors(directory / WEIGHTS_FILE, tensors, {**(metadata or {}), "places": ",".join(found)})
 
 
 def load_prompt(model: nn.Module, directory: str | Path, base_sha256: str | None = None) -> list[str]:

@@ -50,6 +50,31 @@ def test_the_python_contract(t5_directory):
     assert torch.allclose(model(pixels, labels), logits, atol=1e-6), "identity at step 0"
 
 
+def test_adapters_made_by_peft_load_onto_bare_backbones(t5_directory, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+
+    def donor():
+        return transformers.T5ForConditionalGeneration.from_pretrained(t5_directory).eval()
+
+    peer = peft.get_peft_model(donor(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM", init_lora_weights=False)).eval()
+    peer.save_pretrained(tmp_path / "lora")
+    prompt = peft.get_peft_model(donor(), peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_transformer_submodules=1))
+    prompt.save_pretrained(tmp_path / "prompt")
+    memory, labels = torch.randn(2, 7, 32), torch.randint(2, 40, (2, 5))
+    output = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=memory)
+    with torch.no_grad():
+        expected = peer(encoder_outputs=output, labels=labels).logits
+        model, _, _ = captioner.load(vision="ViT-Tiny-Scenes", text=str(t5_directory), adapters=[tmp_path / "lora", tmp_path / "prompt"])
+        torch.testing.assert_close(model.decoder_logits(memory, labels), expected, rtol=0, atol=1e-5)
+        merged, _, _ = captioner.load(vision="ViT-Tiny-Scenes", text=str(t5_directory), adapters=[tmp_path / "lora"], merge=True)
+        torch.testing.assert_close(merged.decoder_logits(memory, labels), expected, rtol=0, atol=1e-5)
+    assert model.encode(torch.randn(1, 3, 64, 64)).shape[1] == model.vision.num_tokens + 3, "the encoder reads peft's prompt"
+    with pytest.raises(UserError, match="nowhere.*no such file"):
+        captioner.load(vision="ViT-Tiny-Scenes", text=str(t5_directory), adapters=[tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="a run brings its own adapters"):
+        captioner.load("runs/none", adapters=[tmp_path / "lora"])
+
+
 def test_load_takes_a_run_or_two_backbones():
     with pytest.raises(UserError, match="run directory, or both"):
         captioner.load(vision="ViT-Tiny-Scenes")

@@ -735,3 +735,15 @@ def test_saving_and_loading_at_the_wrong_time(tmp_path):
         lora.save_peft(model, tmp_path, donor_name)
     lora.unmerge_lora(model)
     lora.save_peft(model, tmp_path, donor_name)
+
+
+def test_files_of_the_same_content_have_the_same_bytes(tmp_path):
+    """safetensors writes several metadata in an order that changes from save to save."""
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a.ü": torch.ones(1, dtype=torch.bfloat16), "empty": torch.empty(0, 4)}
+    metadata = {str(number): "x" for number in range(12)}
+    for name in ("one", "two"):
+        lora.interop.write_tensors(tmp_path / name, dict(tensors), dict(metadata))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    found, written = lora.interop.read_tensors(tmp_path / "one")
+    assert written == {"format": "pt", **metadata} and found.keys() == tensors.keys() == load_file(tmp_path / "one").keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
