@@ -99,7 +99,7 @@ def candidate_settings(settings: Settings, run: OpenRun) -> dict:
     data = settings.data or run.config["settings"]["data"]
     return {
         **{name: getattr(settings, name) for name in CANDIDATE_SETTINGS}, "data": data if data in BUILT_IN else str(Path(data).resolve()),
-        "precision": run.precision, "weights": weights_hash(run, settings.checkpoint),
+        "precision": run.precision, "weights": weights_hash(run, settings.checkpoint), "stack": run.stack,
     }  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     check(settings)
     run = open_run(settings)
     reranker, scorer = load_clips(settings, run)
-    directory = Path(settings.output) if settings.output else run.results / f"{settings.split}-best-of-{settings.n}"
+    directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-best-of-{settings.n}")
     journal = Journal(directory / "candidates.jsonl", candidate_settings(settings, run))
     kept = sum(row.id in journal.lines for row in run.rows)
     going_on = f", {kept} of them finished before" if kept else ""

@@ -164,7 +164,7 @@ def write_report(settings: Settings, run: OpenRun, directory: Path, rows: list[d
             yield report.item_of(by_id[row["image_id"]], [decoded], run.transform)
 
     facts = {
-        "run": str(run.path), "split": f"{settings.split}, {len(rows)} images", "decoding": settings.decode, "tokenize": settings.tokenize,
+        "run": str(run.path), "split": f"{settings.split}, {len(rows)} images", "decoding": settings.decode, "tokenize": settings.tokenize, "adapters": ", ".join(run.stack) or "none",
         "CLIP scores by": scores.get("scorer", "no model"),
     }  # fmt: skip
     if len(rows) > REPORT_IMAGES:
@@ -216,8 +216,8 @@ def evaluate_run(settings: Settings):
     say(f"{run.path}: {len(run.rows)} images of {settings.split}, {settings.decode}, {run.device}, {run.precision}")
     rows, attention = decode_split(settings, run)
     scores = score_rows(settings, run, rows, scorer)
-    scores |= {"decode": settings.decode, "split": settings.split, "seconds": time.perf_counter() - started, "bad_images": run.ledger.to_list()}
-    directory = Path(settings.output) if settings.output else run.results / f"{settings.split}-{settings.decode}"
+    scores |= {"decode": settings.decode, "split": settings.split, "stack": run.stack, "seconds": time.perf_counter() - started, "bad_images": run.ledger.to_list()}
+    directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-{settings.decode}")
     write_results(settings, directory, rows, scores)
     if settings.report:
         write_report(settings, run, directory, rows, scores, attention)

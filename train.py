@@ -6,10 +6,13 @@
     python train.py --lora-targets none --adapters attn,ffn          bottleneck adapters instead of LoRA; --soft-prompt, --base-bits 4: see the README
 """
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
 import math
+import re
+import shutil
 import statistics
 import time
 from collections.abc import Iterable
@@ -42,9 +45,15 @@ from data.transforms import RESIZE_MODES
 
 def rank_of_places(text: str) -> int | dict[str, int]:
     """Parser of `8` or `decoder=8,vision=4`."""
-    if "=" not in text:
-        return int(text)
-    return {place.strip(): int(rank) for place, _, rank in (part.partition("=") for part in text.split(","))}
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = [(place.strip(), int(rank)) for place, _, rank in (part.partition("=") for part in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor PLACE=NUMBER,PLACE=NUMBER") from None
+    if len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a place twice")
+    return dict(pairs)
 
 
 @dataclass
@@ -57,7 +66,7 @@ class Settings:
     text_config: str | None = setting(None, "decoder with random weights: a named size or a T5 config.json")
     tokenizer: str | None = setting(None, "spiece.model for --text-config; without it a vocabulary is learned from the training captions")
     vocab_size: int = setting(4000, "pieces of a learned vocabulary")
-    base: str | None = setting(None, "start from this trained run, its adapters merged, instead of --vision and --text")
+    base: str | None = setting(None, "start from this trained run instead of --vision and --text: its LoRA merged, its adapters and prompt frozen")
     image_size: int | None = setting(None, "input size in pixels, if not the encoder's own")
     resize_mode: str | None = setting(
         None, "how an image becomes square, if not the encoder's own way: short side and centre crop, long side and padding, or squashed whole", RESIZE_MODES
@@ -83,7 +92,7 @@ class Settings:
     adapter_reduction: int = setting(16, "an adapter's bottleneck is the width divided by this")
     adapter_style: str = setting("houlsby", "what an adapter reads: the sub-layer's output, the stream after it, or the sub-layer's input", lora.STYLES)
     adapter_name: str = setting("caption", "name of the new adapter; those of --base keep theirs")
-    stack: tuple[str, ...] | None = setting(None, "adapters that are on, the lowest first (all, the new one on top, if not given)")
+    stack: tuple[str, ...] | None = setting(None, "adapters that are on, the lowest first (those of --base with the new one on top, if not given)")
     soft_prompt: str | None = setting(None, "trained embeddings in front of a tower's text: those of the tokens of this text to begin with, or this number of them")
     prompt_where: tuple[str, ...] = setting(("decoder",), "towers whose input the soft prompt goes in front of", ("decoder", "encoder"))
     freeze: tuple[str, ...] = setting((), "new parts that are not trained: lora, prompt, bridge, or an adapter's name")
@@ -146,6 +155,11 @@ def check(settings: Settings) -> None:
     adapted = set(settings.lora_where if settings.lora_targets else ()) | set(settings.adapter_where if settings.adapters else ())
     if settings.cache_features and "vision" in adapted | set(settings.train_base):
         raise UsageError("--cache-features needs a frozen image encoder: drop vision from --train-base, --lora-where and --adapter-where")
+    both = sorted(set(settings.freeze) & set(settings.unfreeze))
+    if both:
+        raise UsageError(f"--freeze and --unfreeze both name {both[0]}")
+    if settings.soft_prompt is not None and not settings.soft_prompt.strip():
+        raise UsageError("--soft-prompt is empty: give a text or a number of tokens")
     if settings.base_bits and settings.train_base:
         raise UsageError("--base-bits keeps the backbones frozen: drop --train-base")
     for flags, needed in ((("adapter_where", "adapter_reduction", "adapter_style", "adapter_name"), "adapters"), (("prompt_where",), "soft_prompt")):
@@ -161,6 +175,8 @@ def resolve(argv: list[str] | None) -> Settings:
     """Settings from the command line: preset, then flags; a resumed run brings its own."""
     settings = cli.parse_settings(Settings, argv, __doc__, PRESETS)
     if settings.resume:
+        if Path(settings.resume).is_file():
+            raise UserError(f"{settings.resume} is a file: an exported run holds no state of a training to go on with")
         saved = checkpoint.read_config(settings.resume)["settings"]
         extra = sorted(settings.given - {"resume", "device", "workers", "threads", "json", "preset"})
         if extra:
@@ -174,8 +190,6 @@ def resolve(argv: list[str] | None) -> Settings:
         if extra:
             raise UsageError(f"--base brings both backbones and the size of its images; remove --{extra[0].replace('_', '-')}")
         settings.vision = settings.text = settings.text_config = None
-        if "train_base" not in settings.given:
-            settings.train_base = ()
     elif "text" in settings.given and "text_config" in settings.given:
         raise UsageError("--text and --text-config exclude each other: trained weights or random ones")
     elif "text" in settings.given:
@@ -221,6 +235,8 @@ def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Caption
         # Weights that the base run's LoRA was merged into exist nowhere else.
         facts["vision"]["embedded"] |= "vision" in trained | set(facts["lora"])
         facts["text"]["embedded"] |= bool({"text", "encoder", "decoder"} & (trained | set(facts["lora"])))
+        if facts["lora"] and settings.base_bits:
+            say(f"the LoRA of {settings.base} is merged in full precision and then rounded to 4 bits with the rest, which loses most of a small update")
         if facts["base_bits"]:
             # The values of 4-bit weights are not those of the file they came from.
             facts["vision"]["embedded"] = facts["text"]["embedded"] = True
@@ -256,7 +272,7 @@ def add_parts(model: Captioner, tokenizer: Tokenizer, settings: Settings, facts:
         raise UsageError(f"--unfreeze {unknown[0]}: --base brings {', '.join(sorted(brought)) or 'no adapters and no prompt'}")
     if settings.soft_prompt and facts["prompt"]:
         raise UsageError(f"{settings.base} has a soft prompt already: --unfreeze prompt trains it on")
-    with translated(ValueError):
+    with checkpoint.translated(UsageError):
         if settings.lora_targets:
             facts["lora"] = sorted(settings.lora_where)
             lora.apply_lora(
@@ -271,25 +287,54 @@ def add_parts(model: Captioner, tokenizer: Tokenizer, settings: Settings, facts:
         if settings.stack is not None:
             lora.set_stack(model, settings.stack)
         if settings.soft_prompt:
-            length = int(settings.soft_prompt) if settings.soft_prompt.isdecimal() else None
-            ids = None if length else tokenizer.encode([settings.soft_prompt])[0][:-1]
+            length = int(settings.soft_prompt) if re.fullmatch(r"[+-]?\d+", settings.soft_prompt) else None
+            ids = None if length is not None else tokenizer.encode([settings.soft_prompt])[0][:-1]
+            if ids and tokenizer.unk_id in ids:
+                say(f"soft prompt: {ids.count(tokenizer.unk_id)} of the {len(ids)} tokens of {settings.soft_prompt!r} are unknown to the vocabulary")
             lora.apply_soft_prompt(model, lora.initial_prompt(model.text.embedding, ids, length), settings.prompt_where)
             facts["prompt"] = sorted(settings.prompt_where)
     facts["stack"] = list(lora.get_stack(model))
     for name in sorted({*([settings.adapter_name] if settings.adapters else []), *settings.unfreeze} - {"prompt", *settings.freeze, *facts["stack"]}):
         raise UsageError(f"adapter {name} would be trained, and is not in --stack {','.join(facts['stack'])}")
+    for name in sorted(brought & set(settings.freeze)):
+        raise UsageError(f"--freeze {name}: what --base brings is frozen already")
     facts["frozen"] = sorted((brought - set(settings.unfreeze)) | set(settings.freeze))
     reads = {*(settings.lora_where if settings.lora_targets else ()), *(settings.adapter_where if settings.adapters else ())}
     if "encoder" in reads and "encoder" not in facts["prompt"]:
         raise UsageError("T5's encoder reads nothing here, so nothing in it would be trained: drop encoder, or give it a text by --soft-prompt TEXT --prompt-where encoder")
 
 
-def new_run_directory(settings: Settings) -> Path:
-    """The run's directory, made; raises UserError where it already holds a run."""
+def choose_trainable(model: Captioner, settings: Settings, facts: dict) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name: the bridge, new parts, and the backbones of --train-base but for a T5 encoder that reads nothing."""
+    text = ["text"] if "encoder" in facts["prompt"] else ["text.embedding", "text.decoder", "text.lm_head"]
+    whole = ["bridge", *(name for part in settings.train_base for name in (text if part == "text" else [part]))]
+    with checkpoint.translated(UsageError):
+        trainable = lora.set_trainable(model, whole, facts["frozen"])
+    if not trainable:
+        raise UsageError("nothing is left to train: --freeze names every part")
+    if settings.cache_features and any(name.startswith("vision.") for name in trainable):
+        raise UsageError("--cache-features needs a frozen image encoder: what --unfreeze names has parts in it")
+    return trainable
+
+
+@contextlib.contextmanager
+def made(run: Path):
+    """Make the directory of a run; after an error in the block it is gone again, if it was not there before."""
+    is_new = not run.exists()
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def run_directory(settings: Settings) -> Path:
+    """The run's directory; raises UserError where it already holds a run."""
     run = Path(settings.output or f"runs/{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     if settings.resume is None and (run / "config.json").exists():
         raise UserError(f"{run} already holds a run: choose another --output, or go on with it by --resume {run}")
-    run.mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -303,27 +348,26 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(settings.threads)
     train_rows = read(settings.data, settings.train_split)[: settings.limit]
     val_rows = read(settings.data, settings.val_split)[: settings.limit][: settings.eval_images]
-    run = new_run_directory(settings)
+    run = run_directory(settings)
     ledger = BadImageLedger(settings.on_bad, say)
 
     if settings.resume:
         facts = checkpoint.read_config(run)["model"]
         model, tokenizer, transform = checkpoint.load(run, checkpoint="last")
         vision = checkpoint.vision_backbone(model, transform, facts)
+        trainable = choose_trainable(model, settings, facts)
     else:
-        model, tokenizer, vision, facts = build(settings, train_rows, run)
-        add_parts(model, tokenizer, settings, facts)
+        with made(run):
+            model, tokenizer, vision, facts = build(settings, train_rows, run)
+            add_parts(model, tokenizer, settings, facts)
+            trainable = choose_trainable(model, settings, facts)
     if settings.dropout is not None:
         model.text.set_dropout(settings.dropout)
-    with translated(ValueError):
-        trainable = lora.set_trainable(model, ("bridge", *settings.train_base), facts["frozen"])
-    if not trainable:
-        raise UsageError("nothing is left to train: --freeze names every part")
     say(lora.format_parameter_table(lora.parameter_table(model, trainable)))
 
     store = None
     if settings.cache_features:
-        store = FeatureStore(Path(settings.cache_features), vision, precision)
+        store = FeatureStore(Path(settings.cache_features), vision, precision, checkpoint.vision_stack(model))
         store.prepare(train_rows + val_rows, ledger, device, settings.workers, progress=progress)
     model.to(device)
     for part in ("vision", "text") if precision == "bf16" else ():
@@ -331,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         if not facts[part]["embedded"]:
             cast_frozen(model.get_submodule(part), torch.bfloat16, keep=lora.adapter_parameters(model).values())
     if settings.gradient_checkpointing:
-        recompute_blocks(model)
+        say(f"{recompute_blocks(model)} Transformer blocks are computed again in the backward pass")
 
     tracker = open_tracker(settings.report_to, run, dataclasses.asdict(settings))
     trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker, val_rows)
@@ -410,15 +454,6 @@ def main(argv: list[str] | None = None) -> int:
         say(ledger.summary())
         return cli.SOME_BAD
     return cli.DONE
-
-
-@contextlib.contextmanager
-def translated(*kinds: type[Exception]):
-    """Turn the one-line exceptions of packages that know nothing of commands into UserError."""
-    try:
-        yield
-    except kinds as error:
-        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ checkpoints, or one as a single file (captioner/bundle.py).
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,8 @@ def load(
         vision_backbone, text_backbone = build_vision(vision), build_text(text)
         model = Captioner(vision_backbone.module, text_backbone.module)
         hashes = {"vision": {"hash": vision_backbone.weights_hash}, "text": {"hash": text_backbone.weights_hash}}
+        if isinstance(adapters, (str, Path)):
+            raise UserError(f"adapters= is a list of directories, not {str(adapters)!r}")
         for directory in adapters:
             load_adapter(model, Path(directory), hashes)
     else:
@@ -82,11 +85,13 @@ def load(
                 raise UserError(f"{run}: has no checkpoints/{checkpoint}")
             vision_backbone, text_backbone = rebuild(facts, directory)
             model = Captioner(vision_backbone.module, text_backbone.module)
-            weights.load_into(model.bridge, weights.read_state_dict(directory / "bridge.safetensors"), None, "bridge")
+            bridge = weights.read_state_dict(directory / "bridge.safetensors")
+            weights.load_into(model.bridge, bridge, None, "bridge")
+            if not all(tensor.isfinite().all() for tensor in bridge.values()):
+                raise UserError(f"{directory / 'bridge.safetensors'}: holds values that are not finite")
             if facts["base_bits"]:
                 quantize(model, facts)
-            for folder in part_folders(facts):
-                load_adapter(model, directory / folder, facts)
+            load_parts(model, directory, facts)
         stack = facts["stack"] if stack is None else stack
     with translated():
         if stack is not None:
@@ -99,12 +104,12 @@ def load(
 
 
 @contextlib.contextmanager
-def translated(prefix: str = ""):
-    """Turn the one-line exceptions of `lora`, which knows nothing of commands, into UserError."""
+def translated(kind: type[UserError] = UserError):
+    """Turn the one-line exceptions of `lora`, which knows nothing of commands, into UserError or a kind of it."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{prefix}{error}") from error
+        raise kind(str(error)) from error
 
 
 def read_config(run: str | Path) -> dict:
@@ -116,6 +121,12 @@ def read_config(run: str | Path) -> dict:
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
         raise UserError(f"{run / 'config.json'}: format {found!r} is not {FORMAT}: not a run directory of this version")
+    facts = config.get("model")
+    for key, empty in (no_parts() | {"vision": {}, "text": {}}).items():
+        value = facts.get(key) if isinstance(facts, dict) else None
+        right = value in (None, 4) if key == "base_bits" else isinstance(value, type(empty))
+        if not right or (isinstance(value, list) and not all(isinstance(name, str) for name in value)):
+            raise UserError(f"{run / 'config.json'}: model.{key} is {json.dumps(value)}, which no run has")
     return config
 
 
@@ -164,10 +175,10 @@ def quantize(model: Captioner, facts: dict) -> str:
     return f"base in 4 bits ({', '.join(parts)}): {size.now / 1e6:.1f} MB, {size.now / size.bf16:.2f} of bf16"
 
 
-def base_hash(facts: dict, places: Iterable[str]) -> str | None:
-    """Hash of the backbones that an adapter in these places was made for; None where one of them is trained along."""
+def base_hash(facts: dict, places: Iterable[str], model: Captioner | None = None) -> str | None:
+    """Hash of the backbones that an adapter in these places was made for; of one that is trained along, that of its present weights in model, or None."""
     parts = [part for part, of_part in (("vision", {"vision"}), ("text", TEXT_PLACES)) if of_part & set(places)]
-    hashes = [facts[part]["hash"] for part in parts]
+    hashes = [facts[part]["hash"] or (model and weights.fingerprint(base_state(model.get_submodule(part)))) for part in parts]
     return None if None in hashes else hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -226,13 +237,39 @@ def from_donor_name(name: str) -> str:
         raise LookupError(str(error)) from None
 
 
+def load_parts(model: Captioner, directory: Path, facts: dict) -> None:
+    """Add all that config.json says a run adds to its backbones. Raises UserError where the folders of directory hold more, less or other parts."""
+    folders = part_folders(facts)
+    there = {file.parent.relative_to(directory).as_posix() for folder in ("adapter", "adapters", "prompt") for file in (directory / folder).rglob(lora.CONFIG_FILE)}
+    unexpected = sorted(there - set(folders))
+    if unexpected:
+        raise UserError(f"{directory / unexpected[0]}: an adapter that the run's config.json does not name")
+    for folder in folders:
+        load_adapter(model, directory / folder, facts)
+    found = parts_of(model)
+    for key, value in found.items():
+        if value != facts[key]:
+            raise UserError(f"{directory}: its folders hold {key} {', '.join(value) or 'none'}, its config.json says {', '.join(facts[key]) or 'none'}")
+
+
+def parts_of(model: Captioner) -> dict[str, list[str]]:
+    """What was added to the backbones, as config.json names it: places with LoRA, names of adapters, places with a soft prompt."""
+    with_lora = [place for place in lora.inject.WHERE if any(name.startswith(f"{lora.inject.WHERE[place]}.") for name in lora.inject.lora_modules(model))]
+    return {"lora": sorted(with_lora), "adapters": lora.adapter_names(model), "prompt": sorted(lora.prompts(model))}
+
+
+def vision_stack(model: Captioner) -> list[str]:
+    """The adapters of the image encoder that are on."""
+    return [name for name in lora.get_stack(model) if "vision" in lora.all_settings(model)[name].where]
+
+
 def load_adapter(model: Captioner, directory: Path, facts: dict) -> None:
     """Add what a directory holds, LoRA, soft prompt or bottleneck adapter, to the model; facts has the hashes of its backbones."""
     with translated():
         config = lora.read_config(directory)
         kind = config.get("peft_type")
         if kind == "BOTTLENECK":
-            lora.load_adapter(model, directory, base_hash(facts, config.get("where", ())))
+            lora.load_adapter(model, directory, base_hash(facts, lora.read_settings(directory).where))
         elif kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"):
             lora.load_prompt(model, directory, facts["text"]["hash"])
         else:
@@ -243,7 +280,7 @@ def place_of_donor_names(names: Any) -> str:
     """Where a LoRA written by `save_weights` goes, by the target_modules of its config: those of any other file need not tell."""
     try:
         return "vision" if from_donor_name(names[0]).startswith("vision.") else "decoder"
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, AttributeError):
         return "decoder"
 
 
@@ -268,10 +305,9 @@ def hf_vision_config(vision: nn.Module) -> dict | None:
         return None
 
 
-def made_for(facts: dict, places: Iterable[str]) -> dict[str, str]:
-    """Metadata of an adapter's file: the hash of the backbones it belongs to, where they do not change."""
-    found = base_hash(facts, places)
-    return {} if found is None else {"base_sha256": found}
+def made_for(facts: dict, places: Iterable[str], model: Captioner) -> dict[str, str]:
+    """Metadata of an adapter's file: the hash of the backbones it belongs to."""
+    return {"base_sha256": base_hash(facts, places, model)}
 
 
 def save_weights(
@@ -285,12 +321,12 @@ def save_weights(
         if places & set(facts["lora"]):
             part = "vision" if places == {"vision"} else "text"
             lora.save_peft(
-                model, directory / folder, to_donor_name, facts[part]["name"], under=f"{part}.", fold_rslora=fold_rslora, metadata=made_for(facts, places)
+                model, directory / folder, to_donor_name, facts[part]["name"], under=f"{part}.", fold_rslora=fold_rslora, metadata=made_for(facts, places, model)
             )
     for name in facts["adapters"]:
-        lora.save_adapter(model, name, directory / "adapters" / name, made_for(facts, lora.all_settings(model)[name].where))
+        lora.save_adapter(model, name, directory / "adapters" / name, made_for(facts, lora.all_settings(model)[name].where, model))
     if facts["prompt"]:
-        lora.save_prompt(model, directory / "prompt", facts["text"]["name"], made_for(facts, TEXT_PLACES))
+        lora.save_prompt(model, directory / "prompt", facts["text"]["name"], made_for(facts, TEXT_PLACES, model))
     save_tensors(directory / "bridge.safetensors", cast(model.bridge.state_dict(), dtype))
     if facts["vision"]["embedded"]:
         save_vision(model.vision, directory, dtype)

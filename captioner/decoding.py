@@ -72,11 +72,12 @@ class OpenRun:
     ledger: "BadImageLedger"
     device: "torch.device"
     precision: str
+    stack: list[str]  # bottleneck adapters that are on, the lowest first
 
-    @property
-    def results(self) -> Path:
-        """Folder for results: inside a run directory, beside a bundle."""
-        return self.path / "results" if self.path.is_dir() else self.path.with_name(f"{self.path.stem}-results")
+    def results(self, name: str) -> Path:
+        """Folder for results of this name, and of another stack than the run's own: inside a run directory, beside a bundle."""
+        folder = self.path / "results" if self.path.is_dir() else self.path.with_name(f"{self.path.stem}-results")
+        return folder / (name if self.stack == self.config["model"]["stack"] else f"{name}-stack-{'+'.join(self.stack) or 'none'}")
 
     def batches(self, batch_size: int, workers: int = 0, order: Sequence[int] | None = None) -> "Batches":
         """Batches (see data/collate.py) with all captions of an image, of the rows with these numbers, or of all."""
@@ -114,10 +115,12 @@ def open_run(settings: RunSettings) -> OpenRun:
     ledger = BadImageLedger(settings.on_bad, cli.say)
     store = None
     if settings.cache_features:
-        store = FeatureStore(Path(settings.cache_features), checkpoint.vision_backbone(model, transform, config["model"]), precision)
+        backbone = checkpoint.vision_backbone(model, transform, config["model"])
+        store = FeatureStore(Path(settings.cache_features), backbone, precision, checkpoint.vision_stack(model))
         store.prepare(rows, ledger, device, settings.workers, progress=progress)
     generate.prepare_for_decoding(model)
-    return OpenRun(path, config, model, tokenizer, transform, rows, CaptionDataset(rows, transform, store), ledger, device, precision)
+    stack = config["model"]["stack"] if settings.stack is None else list(settings.stack)
+    return OpenRun(path, config, model, tokenizer, transform, rows, CaptionDataset(rows, transform, store), ledger, device, precision, stack)
 
 
 def attend(run: OpenRun, batch: dict, captions: Sequence[str]) -> "list[tuple[list[str], np.ndarray | None]]":

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import lora
 from captioner import bundle, checkpoint, generate
+from captioner.demo import TEXTS
 from captioner.errors import UsageError, UserError
 from captioner.files import write_json, write_text
 from captioner.model import Captioner
@@ -265,7 +266,7 @@ def readme(model: Captioner, facts: dict, format: str, fold_rslora: bool) -> str
         onto = "CLIPVisionModel" if has_hf_vision else "timm model, as the attribute `trunk` of a module"
         lines.append(f'| adapter/vision/ | LoRA of the image encoder | `peft.PeftModel.from_pretrained(vision, "adapter/vision")` onto its {onto} |')
     if facts["prompt"]:
-        kind = "with `task_ids` of zeros" if "decoder" in facts["prompt"] else "with the prompt's tokens as input of the encoder"
+        kind = "with `task_ids` of zeros, `labels`, and some `input_ids` that nothing reads beside `encoder_outputs`" if "decoder" in facts["prompt"] else "with the prompt's tokens as input of the encoder"
         lines.append(f'| prompt/ | soft prompt of the {" and ".join(facts["prompt"])} | `peft.PeftModel.from_pretrained(t5, "prompt")`, called {kind} |')
     lines += [f"| adapters/{name}/ | bottleneck adapter{'' if name in facts['stack'] else ', off'} | `captioner.load` only |" for name in facts["adapters"]]
     notes = []
@@ -285,19 +286,21 @@ def recipe(facts: dict, has_hf_vision: bool) -> list[str]:
     if not has_hf_vision or facts["adapters"] or facts["prompt"]:
         return ["Only `captioner.load` puts this captioner together: it has parts that the other programs do not know."]
     from_vision = '"vision"' if vision["embedded"] else f"...  # {vision['name']}:{vision['weights']} in Hugging Face's form"
-    from_text = '"text"' if text["embedded"] else repr(text["name"])
+    # The embedded demo T5 is no repository; transformers 5 would keep bf16 files in bf16.
+    from_text = '"text"' if text["embedded"] else f"...  # {text['name']}, a directory of this program" if text["name"] in TEXTS else repr(text["name"])
     has_lora = bool(facts["lora"])
     lines = [
         "Pixels are resized and normalised as config.json says under model.vision.transform.",
         "",
         "```python",
+        "import torch",
         "from safetensors.torch import load_file",
         "from transformers import CLIPVisionModel, T5ForConditionalGeneration",
         "from transformers.modeling_outputs import BaseModelOutput",
         *(["from peft import PeftModel"] if has_lora else []),
         "",
-        f"vision = CLIPVisionModel.from_pretrained({from_vision})" if vision["embedded"] else f"vision = {from_vision}",
-        f"t5 = T5ForConditionalGeneration.from_pretrained({from_text})",
+        f"vision = CLIPVisionModel.from_pretrained({from_vision}, dtype=torch.float32)" if vision["embedded"] else f"vision = {from_vision}",
+        f"t5 = {from_text}" if from_text.startswith("...") else f"t5 = T5ForConditionalGeneration.from_pretrained({from_text}, dtype=torch.float32)",
         *(['vision = PeftModel.from_pretrained(vision, "adapter/vision")'] if "vision" in facts["lora"] else []),
         *(['t5 = PeftModel.from_pretrained(t5, "adapter")'] if checkpoint.TEXT_PLACES & set(facts["lora"]) else []),
         'bridge = load_file("bridge.safetensors")',

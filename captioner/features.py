@@ -31,9 +31,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class FeatureStore:
     """Tokens (N, D) of the rows given to `prepare`; a `data.dataset.FeatureStore`."""
 
-    def __init__(self, directory: Path, backbone: Backbone, precision: str = "fp32"):
+    def __init__(self, directory: Path, backbone: Backbone, precision: str = "fp32", stack: Sequence[str] = ()):
+        """stack: the adapters of the encoder that are on, which its weights do not show."""
         self.backbone, self.dtype = backbone, DTYPES[precision]
         facts = {"encoder": fingerprint(backbone.module), "transform": backbone.transform.to_dict(), "dtype": str(self.dtype)}
+        facts |= {"stack": list(stack)} if stack else {}
         self.directory = Path(directory) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.index_path = self.directory / "index.json"
         self.index = read_json(self.index_path)["images"] if self.index_path.is_file() else {}

@@ -5,7 +5,7 @@ names = lora.apply_lora(model, targets=("attn", "ffn"), where=("decoder",), rank
 trainable = lora.set_trainable(model, also=("bridge",))
 """
 
-from lora.adapter_files import load_adapter, save_adapter
+from lora.adapter_files import load_adapter, read_settings, save_adapter
 from lora.adapters import (
     STYLES,
     AdaptedResidual,
@@ -28,11 +28,12 @@ from lora.inject import (
 )
 from lora.interop import load_peft, save_peft
 from lora.layers import LoRALinear
-from lora.peft_config import read_config
+from lora.peft_config import CONFIG_FILE, read_config
 from lora.quant import Linear4bit, base_bytes, dequantize_base, quantize_base
 from lora.soft_prompt import SoftPrompt, apply_soft_prompt, initial_prompt, load_prompt, prompts, save_prompt
 
 __all__ = [
+    "CONFIG_FILE",
     "STYLES",
     "AdaptedResidual",
     "Bottleneck",
@@ -58,6 +59,7 @@ __all__ = [
     "prompts",
     "quantize_base",
     "read_config",
+    "read_settings",
     "remove_adapter",
     "save_adapter",
     "save_peft",

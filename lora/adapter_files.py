@@ -72,6 +72,9 @@ def load_adapter(model: nn.Module, directory: str | Path, base_sha256: str | Non
         for key, parameter in own.items()
         if tensors[key].shape != parameter.shape
     ]
+    wrong += [
+        f"{key} is {str(tensors[key].dtype).removeprefix('torch.')}, expected floating point" for key in own if not tensors[key].is_floating_point()
+    ]
     wrong += [f"{key} holds values that are not finite" for key in own if not tensors[key].isfinite().all()]
     if wrong:
         raise ValueError(f"{weights_path} does not fit: {short(wrong)}")

@@ -1,6 +1,6 @@
 """A frozen base in 4 bits, as in QLoRA (arXiv 2305.14314), under parts that are trained in higher precision.
 
-    quantize_base(model)    # before LoRA, adapters or prompts go in
+    quantize_base(model)    # before LoRA goes in
     dequantize_base(model)  # the inverse
 
 NF4: a matrix is cut, row after row, into blocks of 64 numbers; each is kept as the nearest of 16 levels times the
@@ -236,13 +236,13 @@ def quantize_base(model: nn.Module, parts: Sequence[str] = ("vision", "text")) -
 
     Weights that are tied stay tied. A token embedding whose width is no multiple of 64 stays as it is, with the layers
     tied to it; so do all other parameters (norms, biases, convolutions, position tables). Raises ValueError, and
-    changes nothing, where bitsandbytes is missing, the model lacks a part or has trained parts already (LoRA, adapters,
-    prompts), a part has nothing to quantise (left), or a weight is not finite.
+    changes nothing, where bitsandbytes is missing, the model lacks a part or has LoRA already,
+    a part has nothing to quantise (left), or a weight is not finite. Adapters and prompts may be there.
     """
     bitsandbytes_functional()
     for name, module in model.named_modules():
-        if hasattr(module, "adapter_parameters"):
-            raise ValueError(f"the model has trained parts already, {name} the first: quantize_base goes before them")
+        if hasattr(module, "adapter_parameters") and any(isinstance(inner, nn.Linear | Quantized) for inner in module.modules()):
+            raise ValueError(f"the model has LoRA already, {name} the first: quantize_base goes before it")
     embedding = next((module for name, module in model.named_modules() if name == TOKEN_EMBEDDING), None)
     whole = isinstance(embedding, nn.Embedding) and embedding.embedding_dim % BLOCK
     replaced: dict[str, Quantized] = {}

@@ -16,8 +16,8 @@ M = prefix_task_cols[task] @ prefix_task_rows[task] (arXiv 2303.02861). So an en
 PROMPT_TUNING, and one of the decoder, which PROMPT_TUNING never reads, as MULTITASK_PROMPT_TUNING with a single task of
 M = 1; without an encoder's prompt the first P rows are zeros and the tensor file's metadata has `places: decoder`. peft
 then gives equal logits when it is called with `task_ids` of zeros and `labels` or `decoder_inputs_embeds`, and, for a
-decoder's prompt alone, with `encoder_outputs`, since a text would come behind the zeros. Its logits and labels include
-the prompt's positions.
+decoder's prompt alone, with `encoder_outputs`, since a text would come behind the zeros (`input_ids` must be given all
+the same, and are not read). Its logits and labels include the prompt's positions.
 
 Legend: B batch, D width, P prompt tokens, R rank.
 """

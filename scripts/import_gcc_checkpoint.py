@@ -154,6 +154,9 @@ def wrap(model: Captioner, layers: Mapping[str, Mapping[str, Tensor]], alpha: fl
         if rank < 1 or shapes != ((rank, base.in_features), (base.out_features, rank)):
             wrong.append(f"{donor} has lora_a {list(a.shape)} and lora_b {list(b.shape)} beside {list(base.weight.shape)}")
             continue
+        if not (a.isfinite().all() and b.isfinite().all()):
+            wrong.append(f"{donor} has LoRA values that are not finite")
+            continue
         wrapped[name] = lora.LoRALinear(base, rank, alpha, DROPOUT)
         with torch.no_grad():
             wrapped[name].lora_A.copy_(a)

@@ -346,10 +346,10 @@ def test_moving_keeps_ties_and_values(device):
 
 
 @needs_bitsandbytes
-def test_trained_parts_are_refused():
+def test_a_model_with_lora_is_refused():
     model = tiny_captioner()
     lora.apply_lora(model)
-    with pytest.raises(ValueError, match=r"trained parts already, text\.decoder\.blocks\.0\.self_attn\.q_proj the first"):
+    with pytest.raises(ValueError, match=r"has LoRA already, text\.decoder\.blocks\.0\.self_attn\.q_proj the first"):
         quantize_base(model)
     assert not any(isinstance(module, NF4Weight) for module in model.modules())
 

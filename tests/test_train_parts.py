@@ -1,12 +1,15 @@
 """The training command with LoRA, adapters, soft prompts and a 4-bit base together: what is trained, kept, switched, resumed and refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import captioner
+import evaluate
 import lora
 import train
 from captioner import checkpoint, cli, generate
@@ -157,6 +160,11 @@ def test_a_frozen_prompt_stays_the_words_it_was(adapt, base_run):
     assert torch.equal(model.text.decoder.prefix.embeddings, captioner.load(base_run)[0].text.embedding(ids))
 
 
+def test_words_that_the_vocabulary_lacks_are_told(adapt, capsys):
+    adapt("unknown", "--soft-prompt", "a 図", "--max-steps", "1")
+    assert "soft prompt: 1 of the " in capsys.readouterr().err
+
+
 def test_an_instruction_to_the_encoder(tiny_flags, tmp_path):
     """T5's encoder reads the prompt, the decoder reads that beside the image, and LoRA in the encoder is trained."""
     config = json.loads((tmp_path / "tiny.json").read_text()) | {"num_layers": 2}
@@ -192,31 +200,112 @@ def test_a_4_bit_base(adapt, base_run, capsys):
     "flags, code, named",
     [
         (["--lora-rank", "decoder=4"], 0, ""),
-        (["--lora-rank", "vision=4"], 1, "missing: decoder; unexpected: vision"),
+        (["--lora-rank", "vision=4"], 2, "missing: decoder; unexpected: vision"),
         (["--lora-rank", "decoder=x"], 2, "--lora-rank"),
-        (["--lora-targets", "attn,nothing"], 1, "unknown LoRA target 'nothing'"),
+        (["--lora-targets", "attn,nothing"], 2, "unknown LoRA target 'nothing'"),
         (["--adapter-style", "parallel"], 2, "--adapter-style says nothing without --adapters"),
         (["--prompt-where", "encoder"], 2, "--prompt-where says nothing without --soft-prompt"),
         (["--adapters", "all"], 2, "'all' is not one of attn, ffn"),
-        (["--adapters", "ffn", "--adapter-name", "../x"], 1, "../x"),
+        (["--adapters", "ffn", "--adapter-name", "../x"], 2, "../x"),
         (["--adapters", "ffn", "--stack", "none"], 2, "adapter caption would be trained, and is not in --stack"),
-        (["--adapters", "ffn", "--stack", "other"], 1, "other"),
-        (["--freeze", "prompt"], 1, "'prompt'"),
+        (["--adapters", "ffn", "--stack", "other"], 2, "other"),
+        (["--freeze", "prompt"], 2, "'prompt'"),
         (["--freeze", "bridge", "--lora-targets", "none"], 2, "nothing is left to train"),
         (["--unfreeze", "caption"], 2, "--base brings no adapters and no prompt"),
-        (["--lora-where", "encoder"], 1, "no encoder"),
-        (["--soft-prompt", "a", "--prompt-where", "encoder"], 1, "encoder"),
-        (["--soft-prompt", "0"], 1, "prompt"),
+        (["--lora-where", "encoder"], 2, "no encoder"),
+        (["--soft-prompt", "a", "--prompt-where", "encoder"], 2, "encoder"),
+        (["--soft-prompt", "0"], 2, "prompt"),
+        (["--soft-prompt", "-3"], 2, "length must be from 1"),
+        (["--soft-prompt", " "], 2, "--soft-prompt is empty"),
+        (["--lora-rank", "decoder=4,decoder=2"], 2, "names a place twice"),
+        (["--freeze", "lora", "--unfreeze", "lora"], 2, "--freeze and --unfreeze both name lora"),
         (["--base-bits", "8"], 2, "--base-bits"),
         (["--base-bits", "4", "--train-base", "text"], 2, "--base-bits keeps the backbones frozen"),
         (["--cache-features", "c", "--adapters", "ffn", "--adapter-where", "vision"], 2, "--cache-features needs a frozen image encoder"),
     ],
 )
 def test_contradictions_are_named_in_one_line(adapt, capsys, flags, code, named):
-    adapt("refused", *flags, "--max-steps", "1", code=code)
+    path = adapt("refused", *flags, "--max-steps", "1", code=code)
     if code:
+        assert not path.exists(), "nothing is left of a run that was refused"
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert len(lines) == 1 and named in lines[0]
+
+
+def test_a_4_bit_base_below_adapters_of_another_run(adapt, capsys):
+    pytest.importorskip("bitsandbytes")
+    caption = adapt("caption", "--adapters", "ffn", "--soft-prompt", "2", "--max-steps", "2")
+    path = adapt("on-4-bits", "--base", caption, "--base-bits", "4", "--max-steps", "2")
+    assert "is merged in full precision and then rounded to 4 bits" in capsys.readouterr().err
+    model, _, _ = captioner.load(path)
+    assert any(isinstance(module, lora.Linear4bit) for module in model.modules()) and lora.get_stack(model) == ("caption",)
+    before, after = state(caption), model.state_dict()
+    assert not changed({name: tensor for name, tensor in before.items() if ".adapters." in name or "prefix" in name}, after)
+
+
+def test_features_of_another_stack_are_not_shared(adapt, tmp_path):
+    """Adapters in the image encoder change its features: with them on or off, the cache is another one."""
+    path = adapt("vision", "--adapters", "ffn", "--adapter-where", "vision", "--max-steps", "6")
+    found = {}
+    for name, flags in (("on", []), ("off", ["--stack", "none"])):
+        for cache in ([], ["--cache-features", str(tmp_path / "cache")]):
+            output = tmp_path / f"{name}-{len(cache)}"
+            assert evaluate.main([str(path), "--decode", "beam", "--no-report", *flags, *cache, "--output", str(output)]) == 0
+            found[name, len(cache)] = json.loads((output / "scores.json").read_text())
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    for name in ("on", "off"):
+        assert found[name, 0]["CIDEr"] == pytest.approx(found[name, 2]["CIDEr"]) and found[name, 0]["stack"] == (["caption"] if name == "on" else [])
+
+
+def test_unfrozen_parts_in_the_image_encoder_need_live_features(adapt, tmp_path, capsys):
+    path = adapt("vision", "--lora-targets", "none", "--adapters", "ffn", "--adapter-where", "vision", "--max-steps", "1")
+    adapt("on", "--base", path, "--lora-targets", "none", "--unfreeze", "caption", "--cache-features", str(tmp_path / "cache"), code=2)
+    assert "what --unfreeze names has parts in it" in capsys.readouterr().err
+
+
+def test_an_encoder_that_reads_nothing_is_not_trained_and_the_run_resumes(tiny_flags, tmp_path, monkeypatch, capsys):
+    config = json.loads((tmp_path / "tiny.json").read_text()) | {"num_layers": 2}
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    assert run([*tiny_flags, "--max-steps", "2", "--eval-every", "2"]) == 0
+    table = capsys.readouterr().err
+    assert next(line.split()[2] for line in table.splitlines() if line.startswith("text encoder")) == "0"
+    assert run(["--resume", tmp_path / "run", "--workers", "0"]) == 0
+
+
+def test_folders_that_are_not_what_the_config_says_are_refused(adapt):
+    path = adapt("parts", "--lora-where", "decoder,vision", "--adapters", "ffn", "--soft-prompt", "2", "--max-steps", "1")
+    kept = (path / "config.json").read_text()
+    for key, value, message in (
+        ("lora", ["decoder"], "adapter/vision: an adapter that the run's config.json does not name"),
+        ("lora", ["decoder", "encoder", "vision"], "its folders hold lora decoder, vision, its config.json says decoder, encoder, vision"),
+        ("prompt", [], "prompt: an adapter that the run's config.json does not name"),
+        ("prompt", ["encoder"], "its folders hold prompt decoder, its config.json says encoder"),
+        ("adapters", ["other"], "adapters/caption: an adapter that the run's config.json does not name"),
+        ("adapters", "caption", 'model.adapters is "caption", which no run has'),
+        ("base_bits", 3, "model.base_bits is 3, which no run has"),
+        ("stack", None, "model.stack is null, which no run has"),
+    ):
+        config = json.loads(kept)
+        config["model"][key] = value
+        (path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=re.escape(message)):
+            captioner.load(path)
+    (path / "config.json").write_text(kept)
+    for folder, key, value in (("adapters/caption", "where", 5), ("adapters/caption", "where", [["a"]]), ("adapter/vision", "target_modules", [5])):
+        file = path / folder / "adapter_config.json"
+        settings = json.loads(file.read_text())
+        file.unlink()
+        file.write_text(json.dumps(settings | {key: value}))
+        with pytest.raises(UserError, match="adapter_config.json"):
+            captioner.load(path)
+        file.unlink()
+        file.write_text(json.dumps(settings))
+    bridge = load_file(path / "bridge.safetensors")
+    bridge["weight"][0, 0] = float("nan")
+    (path / "bridge.safetensors").unlink()
+    save_file(bridge, path / "bridge.safetensors")
+    with pytest.raises(UserError, match="bridge.safetensors: holds values that are not finite"):
+        captioner.load(path)
 
 
 def test_an_adapter_of_another_run_is_refused(adapt, tiny_flags, tmp_path, capsys):
