@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "scripts" / "bench")]
+
+import common  # noqa: E402
 
 from captioner import cli  # noqa: E402
 from captioner.cli import repeated, say, setting  # noqa: E402
@@ -186,7 +188,9 @@ def main(argv: list[str] | None = None) -> int:
             costs.setdefault(name, []).append(comparison.cost(name, repeat))
     text = table(before, results, costs)
     write_text(comparison.folder / "table.md", text)
-    everything = {"settings": vars(settings) | {"given": sorted(settings.given)}, "before": before, "results": results, "costs": costs}
+    facts = {name: value for name, value in vars(settings).items() if name != "given"}
+    environment = common.environment(("torch", "bitsandbytes"))
+    everything = {"environment": environment, "settings": facts, "before": before, "results": results, "costs": costs}
     write_json(comparison.folder / "results.json", everything)
     write_json(settings.json, everything)
     say(text)
