@@ -175,10 +175,10 @@ def quantize(model: Captioner, facts: dict) -> str:
     return f"base in 4 bits ({', '.join(parts)}): {size.now / 1e6:.1f} MB, {size.now / size.bf16:.2f} of bf16"
 
 
-def base_hash(facts: dict, places: Iterable[str], model: Captioner | None = None) -> str | None:
-    """Hash of the backbones that an adapter in these places was made for; of one that is trained along, that of its present weights in model, or None."""
+def base_hash(facts: dict, places: Iterable[str]) -> str | None:
+    """Hash of the backbones that an adapter in these places was made for; None where one of them has none."""
     parts = [part for part, of_part in (("vision", {"vision"}), ("text", TEXT_PLACES)) if of_part & set(places)]
-    hashes = [facts[part]["hash"] or (model and weights.fingerprint(base_state(model.get_submodule(part)))) for part in parts]
+    hashes = [facts[part]["hash"] for part in parts]
     return None if None in hashes else hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -254,8 +254,8 @@ def load_parts(model: Captioner, directory: Path, facts: dict) -> None:
 
 def parts_of(model: Captioner) -> dict[str, list[str]]:
     """What was added to the backbones, as config.json names it: places with LoRA, names of adapters, places with a soft prompt."""
-    with_lora = [place for place in lora.inject.WHERE if any(name.startswith(f"{lora.inject.WHERE[place]}.") for name in lora.inject.lora_modules(model))]
-    return {"lora": sorted(with_lora), "adapters": lora.adapter_names(model), "prompt": sorted(lora.prompts(model))}
+    with_lora = lora.inject.places_of(lora.inject.lora_modules(model))
+    return {"lora": with_lora, "adapters": lora.adapter_names(model), "prompt": sorted(lora.prompts(model))}
 
 
 def vision_stack(model: Captioner) -> list[str]:
@@ -305,9 +305,14 @@ def hf_vision_config(vision: nn.Module) -> dict | None:
         return None
 
 
-def made_for(facts: dict, places: Iterable[str], model: Captioner) -> dict[str, str]:
+def present_hashes(model: Captioner, facts: dict) -> dict:
+    """The facts' hashes of both backbones; of one that is trained along, that of its weights as they are now."""
+    return {part: {"hash": facts[part]["hash"] or weights.fingerprint(base_state(model.get_submodule(part)))} for part in ("vision", "text")}
+
+
+def made_for(hashes: dict, places: Iterable[str]) -> dict[str, str]:
     """Metadata of an adapter's file: the hash of the backbones it belongs to."""
-    return {"base_sha256": base_hash(facts, places, model)}
+    return {"base_sha256": base_hash(hashes, places)}
 
 
 def save_weights(
@@ -317,16 +322,17 @@ def save_weights(
 
     Bridge and backbones are written in dtype, what was added in fp32. fold_rslora: as in `lora.save_peft`.
     """
+    hashes = present_hashes(model, facts) if part_folders(facts) else {}
     for folder, places in LORA_FOLDERS.items():
         if places & set(facts["lora"]):
             part = "vision" if places == {"vision"} else "text"
             lora.save_peft(
-                model, directory / folder, to_donor_name, facts[part]["name"], under=f"{part}.", fold_rslora=fold_rslora, metadata=made_for(facts, places, model)
+                model, directory / folder, to_donor_name, facts[part]["name"], under=f"{part}.", fold_rslora=fold_rslora, metadata=made_for(hashes, places)
             )
     for name in facts["adapters"]:
-        lora.save_adapter(model, name, directory / "adapters" / name, made_for(facts, lora.all_settings(model)[name].where, model))
+        lora.save_adapter(model, name, directory / "adapters" / name, made_for(hashes, lora.all_settings(model)[name].where))
     if facts["prompt"]:
-        lora.save_prompt(model, directory / "prompt", facts["text"]["name"], made_for(facts, TEXT_PLACES, model))
+        lora.save_prompt(model, directory / "prompt", facts["text"]["name"], made_for(hashes, TEXT_PLACES))
     save_tensors(directory / "bridge.safetensors", cast(model.bridge.state_dict(), dtype))
     if facts["vision"]["embedded"]:
         save_vision(model.vision, directory, dtype)

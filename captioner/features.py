@@ -1,6 +1,6 @@
 """Features of a frozen image encoder, computed once and kept on disk as safetensors shards.
 
-A folder holds one encoder's tokens: its name is a hash of the encoder's weights, the transform and the dtype, so another encoder can never read them by
+A folder holds one encoder's tokens: its name is a hash of the encoder's weights and adapters, the transform and the dtype, so another encoder can never read them by
 mistake. An image is found by the hash of its content, so renaming files costs nothing and changing one recomputes it.
 Legend: N image tokens, D encoder width.
 """

@@ -82,6 +82,12 @@ def _recomputed(forward, *arguments):
     return checkpoint(forward, *arguments, use_reentrant=False) if torch.is_grad_enabled() else forward(*arguments)
 
 
+def process_memory(key: str) -> int | None:
+    """A size of /proc/self/status in bytes, such as VmRSS; None where there is none (not Linux)."""
+    lines = PROCESS_STATUS.read_text(encoding="utf-8").splitlines() if PROCESS_STATUS.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
 class PeakMemory:
     """The most memory in use since it was made: of the device where that is CUDA, else of this process where the kernel tells (Linux)."""
 
@@ -97,8 +103,7 @@ class PeakMemory:
         """None where it is not known."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        lines = PROCESS_STATUS.read_text(encoding="ascii").splitlines() if PROCESS_STATUS.is_file() else []
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+        return process_memory("VmHWM")
 
 
 def versions() -> dict[str, str]:

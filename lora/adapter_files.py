@@ -20,7 +20,7 @@ from lora.adapters import (
     residual_names,
 )
 from lora.inject import WHERE
-from lora.interop import WEIGHTS_FILE, read_tensors, refuse_other_base, write_tensors
+from lora.interop import WEIGHTS_FILE, read_tensors, refuse_other_base, refuse_other_names, write_adapter
 from lora.peft_config import CONFIG_FILE, read_config, short
 
 
@@ -37,11 +37,7 @@ def save_adapter(model: nn.Module, name: str, directory: str | Path, metadata: M
         for path, made in places.items()
         for own, parameter in made.named_parameters()
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = json.dumps({"peft_type": "BOTTLENECK"} | all_settings(model)[name]._asdict(), indent=2)
-    (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
+    write_adapter(Path(directory), {"peft_type": "BOTTLENECK"} | all_settings(model)[name]._asdict(), tensors, metadata)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, base_sha256: str | None = None, name: str | None = None) -> str:
@@ -64,9 +60,7 @@ def load_adapter(model: nn.Module, directory: str | Path, base_sha256: str | Non
         raise ValueError(f"{config_path} does not fit: {error}") from None
     adapters = bottlenecks(model, paths, settings)
     own = {f"{path}.{key}": value for path, made in adapters.items() for key, value in made.named_parameters()}
-    missing, unexpected = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-    if missing or unexpected:
-        raise ValueError(f"{weights_path} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+    refuse_other_names(weights_path, own.keys() - tensors.keys(), tensors.keys() - own.keys())
     wrong = [
         f"{key} has shape {list(tensors[key].shape)}, expected {list(parameter.shape)}"
         for key, parameter in own.items()

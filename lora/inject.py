@@ -133,6 +133,11 @@ def has_place(model: nn.Module, place: str) -> bool:
         return False
 
 
+def places_of(names: Iterable[str]) -> list[str]:
+    """The places, keys of WHERE, under which modules of these names lie, sorted."""
+    return sorted({place for place, prefix in WHERE.items() for name in names if name.startswith(f"{prefix}.")})
+
+
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that LoRA can wrap, by name, in module order: linears that belong to no adapter."""
     adapters = tuple(f"{name}." for name in adapter_modules(model))

@@ -85,10 +85,7 @@ def save_peft(
     for name, module in modules.items():
         for own, parameter in module.adapter_parameters().items():
             tensors[f"{PREFIX}{donor_names[name]}.{own}.weight"] = parameter.detach().float().cpu().contiguous()
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
+    write_adapter(Path(directory), config, tensors, metadata)
 
 
 def load_peft(
@@ -122,8 +119,7 @@ def load_peft(
     unexpected = [donor for donor in pairs if donor not in targeted or donors.get(names[donor]) != donor]
     missing = untouched_targets(config["target_modules"], pairs)
     missing = missing or [name for name, donor in siblings.items() if donor in targeted]
-    if missing or unexpected:
-        raise ValueError(f"{path} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+    refuse_other_names(path, missing, unexpected)
     wrong = [
         complaint
         for name, donor in donors.items()
@@ -142,6 +138,13 @@ def load_peft(
             for own, parameter in model.get_submodule(name).adapter_parameters().items():
                 parameter.copy_(pairs[donors[name]][own])
     return ordered
+
+
+def write_adapter(directory: Path, config: Mapping, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    """adapter_config.json and adapter_model.safetensors, in a directory that is made if need be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -179,6 +182,12 @@ def refuse_other_base(path: Path, metadata: Mapping[str, str], base_sha256: str 
         raise ValueError(f"{path} was made for another backbone (sha256 {made_for[:12]}, here {base_sha256[:12]})")
 
 
+def refuse_other_names(path: Path, missing: Iterable[str], unexpected: Iterable[str], is_empty: bool = False) -> None:
+    """Raises ValueError with both lists where a file lacks names or has others, or holds nothing at all."""
+    if missing or unexpected or is_empty:
+        raise ValueError(f"{path} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+
+
 def grouped(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """The pair lora_A, lora_B of each donor module. Raises ValueError on other names and on half pairs."""
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -195,8 +204,7 @@ def grouped(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tenso
         for own in ("lora_A", "lora_B")
         if own not in pair
     ]
-    if missing or unexpected or not pairs:
-        raise ValueError(f"{path} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+    refuse_other_names(path, missing, unexpected, is_empty=not pairs)
     return pairs
 
 

@@ -22,7 +22,6 @@ the same, and are not read). Its logits and labels include the prompt's position
 Legend: B batch, D width, P prompt tokens, R rank.
 """
 
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.inject import WHERE, has_place
-from lora.interop import CONFIG_FILE, WEIGHTS_FILE, read_tensors, refuse_other_base, short, write_tensors
-from lora.peft_config import read_config
+from lora.interop import WEIGHTS_FILE, read_tensors, refuse_other_base, refuse_other_names, write_adapter
+from lora.peft_config import CONFIG_FILE, read_config, short
 
 PLACES = ("encoder", "decoder")  # in the order of peft's rows
 PLAIN, MULTITASK = "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"
@@ -166,10 +165,7 @@ def save_prompt(
         config |= {"num_tasks": 1, "num_ranks": 1}
         tensors["prefix_task_cols"] = torch.ones(1, 2 * length, 1)
         tensors["prefix_task_rows"] = torch.ones(1, 1, width)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tensors(directory / WEIGHTS_FILE, tensors, {**(metadata or {}), "places": ",".join(found)})
+    write_adapter(Path(directory), config, tensors, {**(metadata or {}), "places": ",".join(found)})
 
 
 def load_prompt(model: nn.Module, directory: str | Path, base_sha256: str | None = None) -> list[str]:
@@ -230,9 +226,7 @@ def expected_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raises ValueError unless names and shapes are these and all numbers floating-point and finite."""
-    missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
-    if missing or unexpected:
-        raise ValueError(f"{path} does not fit: missing: {short(missing)}; unexpected: {short(unexpected)}")
+    refuse_other_names(path, shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys())
     wrong = [
         f"{key} has shape {list(tensors[key].shape)}, expected {list(shape)}"
         for key, shape in shapes.items()

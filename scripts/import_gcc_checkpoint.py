@@ -36,7 +36,7 @@ from captioner.runtime import versions
 from captioner.tokenizer import FILE_NAME, Tokenizer
 from captioner.vit import VisionConfig, VisionTransformer
 from data.transforms import ImageTransform
-from lora.inject import WHERE
+from lora.inject import places_of, replace_linears
 
 PARTS = ("vision_model", "bridge_proj", "text_model")
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # names of one tensor
@@ -137,7 +137,7 @@ def wrap(model: Captioner, layers: Mapping[str, Mapping[str, Tensor]], alpha: fl
 
     Raises UserError, and the model is as it was, for a module that is no linear layer of the model and for shapes that do not fit it.
     """
-    wrapped: dict[str, nn.Module] = {}
+    wrapped: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected, wrong = [], []
     for donor, layer in layers.items():
         try:
@@ -145,7 +145,7 @@ def wrap(model: Captioner, layers: Mapping[str, Mapping[str, Tensor]], alpha: fl
             base = model.get_submodule(name)
         except (UserError, AttributeError):
             base = None
-        if not isinstance(base, nn.Linear) or not places([name]):
+        if not isinstance(base, nn.Linear) or not places_of([name]):
             unexpected.append(donor)
             continue
         a, b = layer["lora_a.weight"], layer["lora_b.weight"]
@@ -157,23 +157,17 @@ def wrap(model: Captioner, layers: Mapping[str, Mapping[str, Tensor]], alpha: fl
         if not (a.isfinite().all() and b.isfinite().all()):
             wrong.append(f"{donor} has LoRA values that are not finite")
             continue
-        wrapped[name] = lora.LoRALinear(base, rank, alpha, DROPOUT)
-        with torch.no_grad():
-            wrapped[name].lora_A.copy_(a)
-            wrapped[name].lora_B.copy_(b)
+        wrapped[name] = (a, b)
     if unexpected:
         raise not_gcc(source, (), unexpected)
     if wrong:
         raise UserError(f"{source}: {'; '.join(wrong[:4])}")
-    for name, module in wrapped.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-    return list(wrapped)
-
-
-def places(names: Iterable[str]) -> list[str]:
-    """The keys of lora.inject.WHERE under which the modules lie."""
-    return sorted({place for place, prefix in WHERE.items() for name in names if name.startswith(f"{prefix}.")})
+    names = replace_linears(model, {name: {"rank": len(a), "alpha": alpha, "dropout": DROPOUT} for name, (a, _) in wrapped.items()})
+    with torch.no_grad():
+        for name in names:
+            for own, values in zip((model.get_submodule(name).lora_A, model.get_submodule(name).lora_B), wrapped[name], strict=True):
+                own.copy_(values)
+    return names
 
 
 def vocabulary(spec: str) -> Tokenizer:
@@ -205,7 +199,7 @@ def read_checkpoint(settings: Settings) -> tuple[Captioner, Tokenizer, dict]:
         "text": checkpoint.describe(TextBackbone(text, tokenizer, source, source, weights.fingerprint(text)), embedded=True),
         **checkpoint.no_parts(),
     }
-    facts["lora"] = places(wrap(model, layers, settings.alpha, source))
+    facts["lora"] = places_of(wrap(model, layers, settings.alpha, source))
     return model, tokenizer, facts
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner import generate
+from captioner.runtime import PeakMemory, process_memory
 from captioner.t5 import T5, T5Config
 from captioner.weights import t5_to_hf
 
@@ -158,16 +159,9 @@ def memory_growth(side: str) -> int:
     work["D1"][at]()  # what libraries allocate once
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _status("VmRSS")
+    peak, before = PeakMemory(torch.device("cpu")), process_memory("VmRSS")
     work["D3b"][at]()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    """A size in /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
+    return peak.bytes() - before
 
 
 def main() -> int:
