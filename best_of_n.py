@@ -99,7 +99,7 @@ def candidate_settings(settings: Settings, run: OpenRun) -> dict:
     data = settings.data or run.config["settings"]["data"]
     return {
         **{name: getattr(settings, name) for name in CANDIDATE_SETTINGS}, "data": data if data in BUILT_IN else str(Path(data).resolve()),
-        "precision": run.precision, "weights": weights_hash(run, settings.checkpoint), "stack": run.stack,
+        "precision": run.precision, "decode_precision": run.decode_precision, "weights": weights_hash(run, settings.checkpoint), "stack": run.stack,
     }  # fmt: skip
 
 
@@ -210,13 +210,13 @@ def check(settings: Settings) -> None:
 def main(argv: list[str] | None = None) -> int:
     settings = cli.parse_settings(Settings, argv, __doc__)
     check(settings)
-    run = open_run(settings)
+    run = open_run(settings, max(settings.n, settings.num_beams))
     reranker, scorer = load_clips(settings, run)
     directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-best-of-{settings.n}")
     journal = Journal(directory / "candidates.jsonl", candidate_settings(settings, run))
     kept = sum(row.id in journal.lines for row in run.rows)
     going_on = f", {kept} of them finished before" if kept else ""
-    say(f"{run.path}: {len(run.rows)} images of {settings.split}{going_on}, {settings.n} samples each, {run.device}, {run.precision}")
+    say(f"{run.path}: {len(run.rows)} images of {settings.split}{going_on}, {settings.n} samples each, {run.device}, {run.precisions}")
     with cli.StopSignal() as stop:
         try:
             scores = caption_and_score(settings, run, directory, journal, reranker, scorer, until_stopped(stop))

@@ -164,7 +164,8 @@ def write_report(settings: Settings, run: OpenRun, directory: Path, rows: list[d
             yield report.item_of(by_id[row["image_id"]], [decoded], run.transform)
 
     facts = {
-        "run": str(run.path), "split": f"{settings.split}, {len(rows)} images", "decoding": settings.decode, "tokenize": settings.tokenize, "adapters": ", ".join(run.stack) or "none",
+        "run": str(run.path), "split": f"{settings.split}, {len(rows)} images", "decoding": settings.decode, "precision": run.precisions,
+        "tokenize": settings.tokenize, "adapters": ", ".join(run.stack) or "none",
         "CLIP scores by": scores.get("scorer", "no model"),
     }  # fmt: skip
     if len(rows) > REPORT_IMAGES:
@@ -211,12 +212,15 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate_run(settings: Settings):
     """Decode a split, score it and write the results: (scores, ledger of bad images)."""
     started = time.perf_counter()
-    run = open_run(settings)
+    run = open_run(settings, settings.num_beams if settings.decode == "beam" else 1)
     scorer = load_scorer(settings, run)
-    say(f"{run.path}: {len(run.rows)} images of {settings.split}, {settings.decode}, {run.device}, {run.precision}")
+    say(f"{run.path}: {len(run.rows)} images of {settings.split}, {settings.decode}, {run.device}, {run.precisions}")
     rows, attention = decode_split(settings, run)
     scores = score_rows(settings, run, rows, scorer)
-    scores |= {"decode": settings.decode, "split": settings.split, "stack": run.stack, "seconds": time.perf_counter() - started, "bad_images": run.ledger.to_list()}
+    scores |= {
+        "decode": settings.decode, "decode_precision": run.decode_precision, "split": settings.split, "stack": run.stack,
+        "seconds": time.perf_counter() - started, "bad_images": run.ledger.to_list(),
+    }  # fmt: skip
     directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-{settings.decode}")
     write_results(settings, directory, rows, scores)
     if settings.report:

@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -29,13 +30,16 @@ import lora
 from captioner import checkpoint
 from captioner.backbones import Backbone, build_text, build_vision
 from captioner.errors import UsageError, UserError
-from captioner.features import FeatureStore
+from captioner.features import DeviceFeatures, FeatureStore
 from captioner.files import write_json
+from captioner.frozen_vit import prepare_frozen
 from captioner.model import Captioner
 from captioner.runtime import PeakMemory, cast_frozen, choose_device, choose_precision, recompute_blocks, versions
+from captioner.t5 import input_groups
 from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.tracking import TRACKERS, open_tracker
 from captioner.trainer import Trainer
+from data.buckets import CaptionLengths, bucket_edges, bucketed_order
 from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loader
 from data.images import BadImage
 from data.readers import BUILT_IN, read
@@ -77,8 +81,10 @@ class Settings:
     limit: int | None = setting(None, "use only the first N images of each split")
     captions_per_image: str = setting("1", "captions of an image in a step: one picked by (seed, epoch, id), or all with the image encoded once", ("1", "all"))
     max_caption_tokens: int = setting(40, "longer captions are cut, keeping the end token")
+    length_buckets: bool = setting(True, "batches of captions of about the same length; --no-length-buckets: random ones, with more padding")
     on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
     cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
+    features_on_device: bool = setting(True, "--cache-features on CUDA: keep all features in its memory where they take at most half of what is free")
     workers: int = setting(0, "processes that decode images")
     lora_targets: tuple[str, ...] = setting(("attn", "ffn"), "linear layers that get LoRA: groups attn, ffn, or names such as cross_attn.q_proj; none for no LoRA")
     lora_where: tuple[str, ...] = setting(("decoder",), "towers that get LoRA; the demo's own tiny image encoder does too unless its features are cached", ("decoder", "encoder", "vision"))
@@ -87,6 +93,7 @@ class Settings:
     rslora: bool = setting(True, "--no-rslora: scaling is alpha / rank")
     lora_dropout: float = setting(0.1, "dropout on the input of LoRA")
     lora_init: str = setting("gaussian", "first values of A: normal with standard deviation 1/rank, or PEFT's default", ("gaussian", "kaiming"))
+    lora_kernel: str = setting("auto", "how LoRA layers are computed: by measurement, by Triton's fused kernels, or by the plain formula", lora.KERNELS)
     adapters: tuple[str, ...] = setting((), "sub-layers that get a bottleneck adapter; --lora-targets none for adapters without LoRA", ("attn", "ffn"))
     adapter_where: tuple[str, ...] = setting(("decoder",), "towers that get adapters", ("decoder", "encoder", "vision"))
     adapter_reduction: int = setting(16, "an adapter's bottleneck is the width divided by this")
@@ -111,6 +118,7 @@ class Settings:
     clip: float = setting(1.0, "largest norm of the gradient")
     label_smoothing: float = setting(0.0, "share of the target probability spread over the vocabulary")
     dropout: float | None = setting(None, "T5's own dropout while training, if not that of its config")
+    cuda_graphs: bool = setting(False, "replay the training step from CUDA graphs, one per bucket of caption lengths")
     precision: str = setting("auto", "bf16 where the device computes in it, else fp32", ("auto", "fp32", "bf16"))
     seed: int = setting(0, "of initial weights, data order, caption choice and dropout")
     eval_every: int | None = setting(None, "steps between evaluations (once an epoch if not given)")
@@ -160,6 +168,9 @@ def check(settings: Settings) -> None:
         raise UsageError(f"--freeze and --unfreeze both name {both[0]}")
     if settings.soft_prompt is not None and not settings.soft_prompt.strip():
         raise UsageError("--soft-prompt is empty: give a text or a number of tokens")
+    if settings.cuda_graphs and (settings.gradient_checkpointing or settings.grad_accumulation > 1):
+        other = "--gradient-checkpointing" if settings.gradient_checkpointing else "--grad-accumulation"
+        raise UsageError(f"--cuda-graphs and {other} exclude each other: both set the seed of dropout in the middle of a step")
     if settings.base_bits and settings.train_base:
         raise UsageError("--base-bits keeps the backbones frozen: drop --train-base")
     for flags, needed in ((("adapter_where", "adapter_reduction", "adapter_style", "adapter_name"), "adapters"), (("prompt_where",), "soft_prompt")):
@@ -178,7 +189,7 @@ def resolve(argv: list[str] | None) -> Settings:
         if Path(settings.resume).is_file():
             raise UserError(f"{settings.resume} is a file: an exported run holds no state of a training to go on with")
         saved = checkpoint.read_config(settings.resume)["settings"]
-        extra = sorted(settings.given - {"resume", "device", "workers", "threads", "json", "preset"})
+        extra = sorted(settings.given - {"resume", "device", "workers", "threads", "json", "preset", "lora_kernel"})
         if extra:
             raise UsageError(f"--resume keeps the settings of the run; remove --{extra[0].replace('_', '-')}")
         restored = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
@@ -317,6 +328,21 @@ def choose_trainable(model: Captioner, settings: Settings, facts: dict) -> dict[
     return trainable
 
 
+def choose_kernel(model: Captioner, settings: Settings, device: torch.device, precision: str) -> None:
+    """Say how LoRA layers are computed, and why; raises UsageError where --lora-kernel can not be had."""
+    lora.use_kernel(settings.lora_kernel)
+    rows = settings.batch_size * settings.max_caption_tokens // 2
+    with checkpoint.translated(UsageError):
+        for line in lora.kernel_report(model, rows, device, torch.bfloat16 if precision == "bf16" else torch.float32):
+            say(f"LoRA kernel: {line}")
+
+
+def lay_out(model: Captioner) -> None:
+    """Frozen weights side by side in memory where LoRA layers multiply by them together."""
+    for stack in (model.text.encoder, model.text.decoder):
+        lora.lay_out(group for block in (() if stack is None else stack.blocks) for group in input_groups(block))
+
+
 @contextlib.contextmanager
 def made(run: Path):
     """Make the directory of a run; after an error in the block it is gone again, if it was not there before."""
@@ -342,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = resolve(argv)
     started = time.perf_counter()
     device = choose_device(settings.device)
+    if settings.cuda_graphs and device.type != "cuda":
+        raise UsageError(f"--cuda-graphs needs a CUDA device, not {device}")
     precision = choose_precision(settings.precision, device)
     torch.manual_seed(settings.seed)
     if settings.threads:
@@ -356,11 +384,13 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer, transform = checkpoint.load(run, checkpoint="last")
         vision = checkpoint.vision_backbone(model, transform, facts)
         trainable = choose_trainable(model, settings, facts)
+        choose_kernel(model, settings, device, precision)
     else:
         with made(run):
             model, tokenizer, vision, facts = build(settings, train_rows, run)
             add_parts(model, tokenizer, settings, facts)
             trainable = choose_trainable(model, settings, facts)
+            choose_kernel(model, settings, device, precision)
     if settings.dropout is not None:
         model.text.set_dropout(settings.dropout)
     say(lora.format_parameter_table(lora.parameter_table(model, trainable)))
@@ -370,15 +400,23 @@ def main(argv: list[str] | None = None) -> int:
         store = FeatureStore(Path(settings.cache_features), vision, precision, checkpoint.vision_stack(model))
         store.prepare(train_rows + val_rows, ledger, device, settings.workers, progress=progress)
     model.to(device)
+    if precision == "bf16" and store is None and not any(name.startswith("vision.") for name in trainable):
+        prepare_frozen(model.vision, torch.bfloat16)
     for part in ("vision", "text") if precision == "bf16" else ():
         # Weights that travel with the run are saved from here, so they are never rounded.
         if not facts[part]["embedded"]:
             cast_frozen(model.get_submodule(part), torch.bfloat16, keep=lora.adapter_parameters(model).values())
+    if "text" not in settings.train_base:
+        lay_out(model)
     if settings.gradient_checkpointing:
         say(f"{recompute_blocks(model)} Transformer blocks are computed again in the backward pass")
 
+    if store is not None and settings.features_on_device and DeviceFeatures.fit(store, train_rows + val_rows, device):
+        store = DeviceFeatures(store, train_rows + val_rows, device)
+        say(f"features of {len(store.tokens)} images kept in the memory of {device} ({store.tokens.nbytes / 2**30:.1f} GiB)")
+
     tracker = open_tracker(settings.report_to, run, dataclasses.asdict(settings))
-    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker, val_rows)
+    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker, val_rows, functools.partial(lora.seed_dropout, model))
     if settings.resume:
         trainer.restore()
     else:
@@ -393,13 +431,25 @@ def main(argv: list[str] | None = None) -> int:
     def val_batches() -> Iterable[dict]:
         return make_loader(val_data, tokenizer.encode, settings.batch_size, range(len(val_rows)), settings.workers, "all", ledger=ledger)
 
+    edges = bucket_edges(settings.max_caption_tokens)
+    lengths = CaptionLengths(train_rows, tokenizer.encode, settings.max_caption_tokens) if settings.length_buckets else None
+
+    def train_order(epoch: int) -> list[int]:
+        """The images of an epoch, those of a step having captions of about the same length."""
+        order = epoch_order(len(train_rows), settings.seed, epoch)
+        if lengths is None:
+            return order
+        tokens = lengths.of_epoch(settings.captions_per_image, settings.seed, epoch)
+        return bucketed_order(order, tokens, edges, settings.batch_size * settings.grad_accumulation, settings.seed, epoch)
+
     def train_batches() -> Iterable[list[dict]]:
         """The micro-batches of each step from the current one on, epoch after epoch."""
         for epoch in itertools.count(trainer.state.step // steps_per_epoch):
             loader = make_loader(
-                train_data, tokenizer.encode, settings.batch_size, epoch_order(len(train_rows), settings.seed, epoch), settings.workers,
+                train_data, tokenizer.encode, settings.batch_size, train_order(epoch), settings.workers,
                 settings.captions_per_image, seed=settings.seed, epoch=epoch, max_caption_tokens=settings.max_caption_tokens,
                 start_batch=max(0, trainer.state.step - epoch * steps_per_epoch) * settings.grad_accumulation, ledger=ledger,
+                widths=edges if settings.cuda_graphs else (),
             )  # fmt: skip
             empty = True
             for _, group in itertools.groupby(loader, key=lambda batch: batch["batch_index"] // settings.grad_accumulation):

@@ -1,4 +1,4 @@
-"""Cross-attention of few queries over a long memory, without the memory's keys and values.
+"""Attention with dropout on a CPU, and cross-attention of few queries over a long memory, without the memory's keys and values:
 
     scores_h = q_h K_h^T = (q_h Wk_h) X^T        mixed_h = P_h V_h = (P_h X) Wv_h^T
 
@@ -31,6 +31,35 @@ def per_head(x: Tensor, weight: Tensor) -> Tensor:
     for source, matrix, target in zip(heads_first(x), weight, heads_first(out), strict=True):
         torch.mm(source, matrix, out=target)
     return out
+
+
+class DroppedAttention(torch.autograd.Function):
+    """softmax(q k^T + bias), dropped out, times v, without 1/sqrt(K): q (B, H, T, K), k and v (B, H, N, K), an additive
+    bias that broadcasts to (B, H, T, N) or None, the dropout rate → (B, H, T, K). As PyTorch's on a CPU, from cheaper masks.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, rate):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # products of many small matrices would copy them, transposed ones slowly
+        scores = q @ k.transpose(2, 3)
+        if bias is not None:
+            scores += bias
+        probs = torch.softmax(scores, dim=-1)
+        mask = draw_keep_mask(probs, rate)
+        ctx.save_for_backward(q, k, v, bias, probs, mask)
+        ctx.scale = keep_scale(rate)
+        return (apply_keep_mask(probs, mask) @ v).mul_(ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, bias, probs, mask = ctx.saved_tensors
+        dy = dy * ctx.scale  # and contiguous
+        dv = apply_keep_mask(probs, mask).transpose(2, 3) @ dy
+        dprobs = apply_keep_mask(dy @ v.transpose(2, 3), mask)
+        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+        dbias = dscores.sum_to_size(bias.shape) if ctx.needs_input_grad[3] else None
+        return dscores @ k, dscores.transpose(2, 3) @ q, dv, dbias, None
 
 
 class MemoryAttention(torch.autograd.Function):

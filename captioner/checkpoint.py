@@ -411,7 +411,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, Tenso
     for name, tensor in saved.items():
         parameter, key = name.rsplit("/", 1)
         target = parameters[parameter]
-        optimizer.state[target][key] = tensor if key == "step" else tensor.to(target.device)
+        optimizer.state[target][key] = tensor.to(target.device)
 
 
 def write_config(run: Path, settings: dict, facts: dict, versions: dict) -> None:

@@ -57,25 +57,30 @@ class ClipScorer:
     def embed_texts(self, texts: Sequence[str], prompt: str = "") -> Tensor:
         """Texts, each with the prompt before it -> (len(texts), E) unit vectors, float32, on the CPU; a distinct text is encoded once."""
         new = [text for text in dict.fromkeys(texts) if prompt + text not in self.text_embeddings]
-        for start in range(0, len(new), TEXT_BATCH):
-            batch = new[start : start + TEXT_BATCH]
-            prompted = [prompt + text for text in batch]
-            ids = self.tokenizer(prompted)  # (B, T)
-            self.cut.update(text for text, cut in zip(batch, _is_cut(self.tokenizer, prompted, ids)) if cut)
-            embeddings = _encode_text(self.model, ids.to(self.device)).cpu()  # (B, E)
-            self.text_embeddings.update(zip(prompted, embeddings))
+        if new:
+            prompted = [prompt + text for text in new]
+            ids = self.tokenizer(prompted)  # (len(new), T)
+            self.cut.update(text for text, cut in zip(new, _is_cut(self.tokenizer, prompted, ids), strict=True) if cut)
+            lengths = _seen_lengths(self.model, ids)
+            # Texts of like length go together, so that little of a batch is padding.
+            for batch in lengths.argsort(stable=True).split(TEXT_BATCH):
+                seen = ids[batch, : int(lengths[batch].max())].to(self.device)
+                embeddings = _encode_text(self.model, seen).cpu()  # (B, E)
+                self.text_embeddings.update(zip((prompted[index] for index in batch.tolist()), embeddings, strict=True))
         return torch.stack([self.text_embeddings[prompt + text] for text in texts]) if texts else torch.empty(0, 0)
 
 
 def _is_cut(tokenizer: Callable, texts: list[str], ids: Tensor) -> list[bool]:
     """Whether each text has more tokens, its end token included, than its row of ids (B, T) shows."""
-    longer = tokenizer(texts, context_length=ids.shape[1] + 1)  # (B, T + 1)
     hugging_face = getattr(tokenizer, "tokenizer", None)
-    if hugging_face is None:
-        # SimpleTokenizer pads with 0, which is also the token "!"; but a row that is full ends in the end token.
-        return (longer[:, -1] != 0).tolist()
-    pad = hugging_face.pad_token_id
-    return ((longer != pad).sum(dim=1) > (ids != pad).sum(dim=1)).tolist()
+    # SimpleTokenizer pads with 0, which is also the token "!"; but a row that is full ends in the end token.
+    pad = 0 if hugging_face is None else hugging_face.pad_token_id
+    # Padding may be the end token, so a row that lacks one token may be full. Only full rows can be cut.
+    cut = ids[:, -1] != 0 if hugging_face is None else (ids != pad).sum(dim=1) >= ids.shape[1] - 1
+    if cut.any():
+        longer = tokenizer([texts[index] for index in cut.nonzero()[:, 0].tolist()], context_length=ids.shape[1] + 1)
+        cut[cut.clone()] = longer[:, -1] != 0 if hugging_face is None else (longer != pad).sum(dim=1) > (ids[cut] != pad).sum(dim=1)
+    return cut.tolist()
 
 
 class _TextTower(nn.Module):
@@ -89,16 +94,23 @@ class _TextTower(nn.Module):
         return self.clip.encode_text(ids, normalize=True)
 
 
-def _encode_text(model: nn.Module, ids: Tensor) -> Tensor:
-    """open_clip's `encode_text` of ids (B, T) -> (B, E) unit vectors, without the places behind the last one that counts.
+def _ignores_padding(model: nn.Module) -> bool:
+    """Whether the text tower is causal and pools where the id is highest (CLIP's own): it does not see what is behind."""
+    return getattr(model, "text_pool_type", None) == "argmax" and model.attn_mask is not None
 
-    A causal tower that pools where the id is highest (CLIP's own) does not see them, and most captions fill a fifth of the context.
-    """
-    if getattr(model, "text_pool_type", None) != "argmax" or model.attn_mask is None:
+
+def _seen_lengths(model: nn.Module, ids: Tensor) -> Tensor:
+    """How many places of each row of ids (B, T) its embedding depends on: (B,). Most captions fill a fifth of the context."""
+    return ids.argmax(dim=1) + 1 if _ignores_padding(model) else torch.full((len(ids),), ids.shape[1])
+
+
+def _encode_text(model: nn.Module, ids: Tensor) -> Tensor:
+    """open_clip's `encode_text` of ids (B, T) -> (B, E) unit vectors; T may be less than the context where the tower ignores padding."""
+    if not _ignores_padding(model):
         return model.encode_text(ids, normalize=True)
-    length = int(ids.argmax(dim=1).max()) + 1
+    length = ids.shape[1]
     parts = {"clip.positional_embedding": model.positional_embedding[:length], "clip.attn_mask": model.attn_mask[:length, :length]}
-    return torch.func.functional_call(_TextTower(model), parts, (ids[:, :length],))
+    return torch.func.functional_call(_TextTower(model), parts, (ids,))
 
 
 def load_scorer(spec: str, device: torch.device | str) -> ClipScorer:
@@ -240,14 +252,14 @@ def score_candidates(scorer: ClipScorer, image_embeddings: Tensor, candidates: S
         raise ValueError(f"{len(image_embeddings)} images need as many lists, all of one length, not {len(candidates)} of {sorted(lengths)}")
     n = lengths.pop()
     embeddings = scorer.embed_texts([text for texts in candidates for text in texts], PROMPT)  # (N * n, E)
-    return _clip_score(image_embeddings.repeat_interleave(n, dim=0), embeddings).view(len(candidates), n)
+    return _clip_score(image_embeddings[:, None], embeddings.view(len(candidates), n, -1))
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, of unit vectors: (n, E), (n, E) -> (n,)."""
+    """Of unit vectors: (..., E), (..., E) -> (...)."""
     return (a * b).sum(dim=-1)
 
 
 def _clip_score(images: Tensor, texts: Tensor) -> Tensor:
-    """(n, E), (n, E) -> (n,)."""
+    """Of unit vectors: (..., E), (..., E) -> (...)."""
     return SCALE * _cosine(images, texts).clamp(min=0)

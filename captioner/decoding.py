@@ -51,6 +51,7 @@ class RunSettings:
     on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = setting("fp32", "arithmetic of the image encoder and decoder", ("auto", "fp32", "bf16"))
+    decode_precision: str = setting("fp32", "of the weights that a step of decoding reads; auto: the fastest", ("auto", "fp32", "bf16", "int8"))
     report: bool = setting(True, "write report.html with the results")
     output: str | None = setting(None, "directory for the results (under RUN/results/ if not given)")
     json: str | None = setting(None, "write the scores to this file, or - for stdout")
@@ -73,6 +74,12 @@ class OpenRun:
     device: "torch.device"
     precision: str
     stack: list[str]  # bottleneck adapters that are on, the lowest first
+    decode_precision: str  # of the weights that a step of decoding reads: fp32 (as loaded), bf16 or int8
+
+    @property
+    def precisions(self) -> str:
+        """Both precisions for people."""
+        return self.precision if self.decode_precision == "fp32" else f"{self.precision}, decoding in {self.decode_precision}"
 
     def results(self, name: str) -> Path:
         """Folder for results of this name, and of another stack than the run's own: inside a run directory, beside a bundle."""
@@ -96,10 +103,16 @@ class OpenRun:
             return encode_images(self.model, batch, self.device)
 
 
-def open_run(settings: RunSettings) -> OpenRun:
-    """The run, split and device that the settings name. Raises UserError, or the data's one-line errors, for what is not there."""
+def open_run(settings: RunSettings, group: int | None = None) -> OpenRun:
+    """The run, split and device that the settings name; `group` captions of an image will be decoded at once at most, where that is known.
+
+    Raises UserError, or the data's one-line errors, for what is not there.
+    """
+    import torch
+
     from captioner import checkpoint, generate
     from captioner.features import FeatureStore
+    from captioner.frozen_vit import prepare_frozen
     from captioner.runtime import choose_device, choose_precision
     from data.dataset import BadImageLedger, CaptionDataset
     from data.readers import read
@@ -118,9 +131,16 @@ def open_run(settings: RunSettings) -> OpenRun:
         backbone = checkpoint.vision_backbone(model, transform, config["model"])
         store = FeatureStore(Path(settings.cache_features), backbone, precision, checkpoint.vision_stack(model))
         store.prepare(rows, ledger, device, settings.workers, progress=progress)
-    generate.prepare_for_decoding(model)
+    elif precision == "bf16":
+        prepare_frozen(model.vision, torch.bfloat16)
+    step_rows = None if group is None else group * min(settings.batch_size, len(rows))
+    weights = generate.prepare_for_decoding(model, step_rows if settings.decode_precision != "fp32" else None, settings.decode_precision)
+    if weights.left_out:
+        left_out = f"{weights.left_out} of {weights.count} layers stay as they are (unmerged LoRA, a 4-bit base)"
+        cli.say(f"--decode-precision {weights.precision}: {left_out}")
     stack = config["model"]["stack"] if settings.stack is None else list(settings.stack)
-    return OpenRun(path, config, model, tokenizer, transform, rows, CaptionDataset(rows, transform, store), ledger, device, precision, stack)
+    dataset = CaptionDataset(rows, transform, store)
+    return OpenRun(path, config, model, tokenizer, transform, rows, dataset, ledger, device, precision, stack, weights.precision)
 
 
 def attend(run: OpenRun, batch: dict, captions: Sequence[str]) -> "list[tuple[list[str], np.ndarray | None]]":

@@ -47,7 +47,7 @@ class Difference(NamedTuple):
 
 # A trained demo run merged: 3e-6 and 4e-7 in fp32, 0.016 and 0.001 in bf16; with LoRA's scale wrong by a tenth 0.3 and 0.045. Random weights without any
 # training, which magnify rounding most: 2e-4 and 2e-6, 0.4 and 0.017.
-TOLERANCE = {"fp32": Difference(1e-3, 1e-5), "bf16": Difference(0.5, 0.03)}
+TOLERANCE = {"fp32": Difference(1e-3, 1e-5), "bf16": Difference(1.0, 0.03)}
 
 
 class Probe(NamedTuple):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner import sampling
-from captioner.cache import BeamCache, DecoderCache, lay_out
+from captioner.cache import BeamCache, DecoderCache
+from captioner.decode_weights import StepWeights, choose_precision, prepare
 from captioner.sampling import probabilities, processed_logits
 from captioner.t5 import T5
 
@@ -41,7 +42,7 @@ def greedy(
     _check(memory, repetition_penalty=repetition_penalty)
 
     def choose(logits: Tensor, ids: Tensor, _: Tensor) -> Tensor:
-        return sampling.penalize_repetition(logits, ids, repetition_penalty).argmax(-1)
+        return sampling.argmax(sampling.penalize_repetition(logits, ids, repetition_penalty))
 
     with _decoding(model.text) as text:
         ids = _decode_rows(text, memory, memory_mask, 1, steps, choose)[:, 0]
@@ -160,13 +161,15 @@ def beam_search(
     return best[:, : max(lengths.tolist(), default=1)]
 
 
-def prepare_for_decoding(model: nn.Module, rows: int | None = None) -> None:
-    """Arrange the decoder's weights in memory for faster decoding on a CPU: optional, changes no value, shape or parameter (see `cache.lay_out`).
+def prepare_for_decoding(model: nn.Module, rows: int | None = None, precision: str = "fp32") -> StepWeights:
+    """Arrange the decoder's weights for faster decoding: optional. Do it after loading weights, merging LoRA and moving the model.
 
-    Do it after loading weights, merging LoRA and moving the model. `rows` is what a step will decode at once, images times beams or samples, where
-    that is known; with 1 the weights are stored column by column, which safetensors refuses to save.
+    precision fp32 keeps the weights as they are loaded, moved in memory on a CPU; no value, shape or parameter changes (see `decode_weights.lay_out`).
+    bf16 and int8 make copies that take the place of the weights in every step until this is called again; auto chooses (see
+    `decode_weights.choose_precision`). `rows` is what a step will decode at once, images times beams or samples, where that is known; with 1 and fp32 the
+    weights are stored column by column, which safetensors refuses to save. Returns what was made. Raises UserError for int8 where it cannot be had.
     """
-    lay_out(model.text, rows)
+    return prepare(model.text, choose_precision(precision, model.text.embedding.weight.device, rows), rows)
 
 
 @contextmanager
@@ -221,9 +224,9 @@ def _best_continuations(logits: Tensor, running: Tensor, scores: Tensor, repetit
     batch, beams = scores.shape
     if repetition_penalty != 1.0:  # on log-probabilities, as transformers does in beam search
         log_probs = sampling.penalize_repetition(logits.log_softmax(-1), running.flatten(0, 1), repetition_penalty)
-        log_probs, tokens = log_probs.topk(2 * beams)
+        log_probs, tokens = sampling.topk(log_probs, 2 * beams)
     else:
-        top, tokens = logits.topk(2 * beams)
+        top, tokens = sampling.topk(logits, 2 * beams)
         largest = top[:, :1]
         log_probs = top - largest - logits.sub_(largest).exp_().sum(-1, keepdim=True).log()
     log_probs = log_probs.view(batch, beams, -1) + scores[..., None]

@@ -4,9 +4,9 @@ Legend: B images, G captions per image, N image tokens, P tokens of an instructi
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captioner.cross_entropy import IGNORED, head_cross_entropy
 from captioner.t5 import T5
 
 
@@ -44,8 +44,9 @@ class Captioner(nn.Module):
         """(B, 3, H, W), labels (B*G, T), -100 = ignore → (B*G, T, V)."""
         return self.decoder_logits(self.encode(pixel_values), labels)
 
-    def loss(self, memory: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
-        """Cross-entropy summed over the labels (B*G, T) that are not -100, and their number; no logits are computed for ignored ones."""
-        kept = labels != -100
-        logits = self.text.logits(self.decoder_hidden(memory, labels)[kept])
-        return F.cross_entropy(logits.float(), labels[kept], reduction="sum", label_smoothing=label_smoothing), int(kept.sum())
+    def loss(self, memory: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over the labels (B*G, T) that are not -100, and their number; see `captioner.cross_entropy`."""
+        hidden, kept = self.text.scaled(self.decoder_hidden(memory, labels)), labels != IGNORED
+        # To leave rows out would wait for a GPU, which a CUDA graph can not; there they are computed and do not count.
+        hidden, counted = (hidden.flatten(0, 1), labels.flatten()) if labels.device.type == "cuda" else (hidden[kept], labels[kept])
+        return head_cross_entropy(self.text.lm_head, hidden, counted, label_smoothing), kept.sum()

@@ -13,7 +13,32 @@ import torch
 from torch import Tensor
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's increment and multipliers, as signed 64-bit integers
+COLUMN, BLOCK = 16, 64  # scores of which the largest is looked for first
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores (R, V), largest first, and their ids: (R, k) each.
+
+    On a CPU the best of V / 16 columns of 16 are looked for first: the k largest lie in the k columns with the largest maxima.
+    """
+    vocabulary = scores.shape[1]
+    width = vocabulary // COLUMN
+    if scores.device.type != "cpu" or vocabulary % COLUMN or width < 2 * k:
+        return tuple(scores.topk(k))
+    columns = scores.unflatten(1, (COLUMN, width))
+    best = columns.amax(1).topk(k, sorted=False).indices  # (R, k)
+    values, places = columns.gather(2, best[:, None].expand(-1, COLUMN, -1)).flatten(1).topk(k)
+    return values, places // k * width + best.gather(1, places % k)
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """The id of the largest of each row of scores (R, V), of equal ones the lowest: (R,)."""
+    if scores.device.type != "cpu" or scores.shape[1] % BLOCK:
+        return scores.argmax(-1)
+    blocks = scores.unflatten(1, (-1, BLOCK))
+    best = blocks.amax(-1).argmax(-1, keepdim=True)  # (R, 1)
+    return best[:, 0] * BLOCK + blocks.gather(1, best[..., None].expand(-1, -1, BLOCK))[:, 0].argmax(-1)
 
 
 def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
@@ -70,8 +95,8 @@ def draw(
     vocabulary = logits.shape[-1]
     window = min(2 * top_k, vocabulary) if top_k else vocabulary
     if window < vocabulary:
-        scores = penalize_repetition(logits.float(), generated_ids, repetition_penalty) / temperature
-        candidates, ids = scores.topk(window)  # wider than top_k, since all that tie at its limit stay
+        candidates, ids = topk(penalize_repetition(logits.float(), generated_ids, repetition_penalty), window)
+        candidates = candidates / temperature  # wider than top_k, since all that tie at its limit stay
         limit = candidates[:, top_k - 1 : top_k]
     if window == vocabulary or bool((candidates[:, -1:] == limit).any()):
         candidates = processed_logits(logits, generated_ids, temperature, top_k, top_p, repetition_penalty)

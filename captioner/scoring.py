@@ -17,7 +17,7 @@ RERANKER, SCORER = "ViT-L-14-quickgelu:openai", "ViT-B-32:laion2b_s34b_b79k"
 TABLE = ("CIDEr", "Bleu_4", "CLIPScore", "CLIP_cosine", "RefCLIPScore", "hallucination", "recall", "duplicates", "mean_words")
 # Scores of a single caption in a report.
 ITEM_SCORES = ("CIDEr", "Bleu_4", "CLIPScore", "CLIP_cosine", "RefCLIPScore")
-TEXTS_AT_ONCE = 256
+TEXTS_AT_ONCE = 1024
 
 
 def score_text(hypotheses: Sequence[str], references: Sequence[Sequence[str]], tokenize: str) -> tuple[dict, list[dict]]:
@@ -47,7 +47,7 @@ def embed_captions(scorer: "ClipScorer", captions: Iterable[str], progress: Call
     """Encode texts with CLIPScore's prompt, so that the scorer remembers them; in pieces, since a long list takes its time."""
     from captioner.clip_score import PROMPT
 
-    texts = list(dict.fromkeys(captions))
+    texts = sorted(dict.fromkeys(captions), key=len)  # those of like length share a batch, and so its padding
     pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
     for piece in progress(pieces, f"embedding {len(texts)} captions for {scorer.name}"):
         scorer.embed_texts(piece, PROMPT)

@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from captioner.attention import MemoryAttention, few_queries
+from captioner.attention import DroppedAttention, MemoryAttention, few_queries
 from captioner.dropout import Dropout, Residual
 from captioner.errors import UserError
+from captioner.linears import parts, project
 
 
 @dataclass
@@ -99,9 +101,27 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMSNorm of x (..., D) with its gradients by hand: half the passes over x that autograd makes, and only x is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(self.weight.dtype)
+        scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).to(weight.dtype).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dnormed = dy * weight.float()
+        return dnormed.sub_(normed * (dnormed * normed).mean(-1, keepdim=True)).mul_(scale).to(x.dtype), dweight, None
 
 
 class RelativePositionBias(nn.Module):
@@ -112,7 +132,7 @@ class RelativePositionBias(nn.Module):
         self.num_buckets = config.relative_attention_num_buckets
         self.max_distance = config.relative_attention_max_distance
         self.bidirectional = bidirectional
-        self.embedding = nn.Embedding(self.num_buckets, config.num_heads)
+        self.embedding = nn.Embedding(self.num_buckets, config.num_heads, _weight=torch.empty(self.num_buckets, config.num_heads))
 
     def relative_position_bucket(self, distance: Tensor) -> Tensor:
         """Bucket of each distance: exact up to half the buckets of a direction, then logarithmic up to `max_distance`."""
@@ -158,18 +178,27 @@ class Attention(nn.Module):
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, D) → keys and values, each (B, H, N, K)."""
         batch = memory.shape[0]
-        return self.split_heads(self.k_proj(memory), batch), self.split_heads(self.v_proj(memory), batch)
+        keys, values = project(memory, self.k_proj, self.v_proj)
+        return self.split_heads(keys, batch), self.split_heads(values, batch)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Projected queries (B*G, ..., H*K) over keys and values (B, H, N, K) → the heads' mixtures of values, shaped as the queries."""
         dropout = self.dropout if self.training else 0.0
         heads = self.split_heads(queries, keys.shape[0])
-        mixed = F.scaled_dot_product_attention(heads, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        if dropout and heads.device.type == "cpu":
+            mixed = DroppedAttention.apply(heads, keys, values, bias, dropout)
+        else:
+            mixed = F.scaled_dot_product_attention(heads, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0)
         return mixed.transpose(1, 2).reshape(queries.shape)  # (B, H, G*T, K) → (B*G, T, H*K)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x (B*G, T, D) attends to keys and values (B, H, N, K) with an additive bias that broadcasts to (B, H, G*T, N) → (B*G, T, D)."""
         return self.o_proj(self.attend(self.q_proj(x), keys, values, bias))
+
+    def attend_itself(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B, T, D) attends to itself with a bias that broadcasts to (B, H, T, T) → (B, T, D)."""
+        queries, keys, values = project(x, self.q_proj, self.k_proj, self.v_proj)
+        return self.o_proj(self.attend(queries, self.split_heads(keys, x.shape[0]), self.split_heads(values, x.shape[0]), bias))
 
     def attend_memory(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
         """x (B*G, T, D) attends to memory (B, N, D) with a bias (B, 1, 1, N) → (B*G, T, D).
@@ -181,15 +210,10 @@ class Attention(nn.Module):
         if not (plain_fp32 and memory.requires_grad and few_queries(queries, memory.shape[1], self.head_dim)):
             return self(x, *self.keys_values(memory), bias)
         q = self.q_proj(x).reshape(batch, queries, self.num_heads, self.head_dim)
-        key_parts, value_parts = parts(self.k_proj, memory), parts(self.v_proj, memory)
+        key_parts, value_parts = parts(memory, self.k_proj, self.v_proj)
         dropout = self.dropout if self.training else 0.0
         mixed = MemoryAttention.apply(q, memory, *key_parts, *value_parts, None if bias is None else bias[:, 0], dropout)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
-
-
-def parts(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(W, Z, F) with linear(x) = x W^T + Z F^T; Z, F are None for nn.Linear, a layer that wraps one has its own `parts`."""
-    return (linear.weight, None, None) if isinstance(linear, nn.Linear) else linear.parts(x)
 
 
 class GatedMLP(nn.Module):
@@ -205,7 +229,7 @@ class GatedMLP(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(self.dropout(self.activate(self.wi_0(x), self.wi_1(x))))
+        return self.wo(self.dropout(self.activate(*project(x, self.wi_0, self.wi_1))))
 
     @staticmethod
     def activate(gate: Tensor, value: Tensor) -> Tensor:
@@ -247,12 +271,21 @@ class Block(nn.Module):
     def forward(self, x, self_bias, memory=None, memory_bias=None) -> Tensor:
         """x (B*G, T, D), memory (B, N, D) in a decoder → (B*G, T, D)."""
         normed = self.self_attn_norm(x)
-        x = self.self_attn_residual(x, self.self_attn(normed, *self.self_attn.keys_values(normed), self_bias), normed)
+        x = self.self_attn_residual(x, self.self_attn.attend_itself(normed, self_bias), normed)
         if memory is not None:
             normed = self.cross_attn_norm(x)
             x = self.cross_attn_residual(x, self.cross_attn.attend_memory(normed, memory, memory_bias), normed)
         normed = self.mlp_norm(x)
         return self.mlp_residual(x, self.mlp(normed), normed)
+
+
+def input_groups(block: Block) -> list[list[nn.Module]]:
+    """The linear layers of a block, those that read the same input together."""
+    own, cross, mlp = block.self_attn, getattr(block, "cross_attn", None), block.mlp
+    groups = [[own.q_proj, own.k_proj, own.v_proj], [own.o_proj]]
+    if cross is not None:
+        groups += [[cross.k_proj, cross.v_proj], [cross.q_proj], [cross.o_proj]]
+    return [*groups, [getattr(mlp, name) for name in mlp.inputs], [mlp.wo]]
 
 
 class Stack(nn.Module):
@@ -311,13 +344,14 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=torch.empty(config.vocab_size, config.d_model))
         self.encoder = Stack(config, is_decoder=False) if config.num_layers else None
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
-        self.init_weights()
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):

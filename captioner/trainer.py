@@ -15,11 +15,13 @@ from torch import Tensor
 
 from captioner import checkpoint, generate, metrics, report
 from captioner.cli import say
+from captioner.cuda_graphs import FullBatches, Recorder, StepGraphs
 from captioner.errors import UserError
 from captioner.files import read_json, write_json
 from captioner.model import Captioner
 from captioner.runtime import encode_images
 from captioner.tokenizer import Tokenizer
+from data.buckets import bucket_edges
 from data.rows import Row
 
 SHOWN_CAPTIONS, PRINTED_CAPTIONS = 12, 4
@@ -34,18 +36,30 @@ class TrainState:
     best_step: int | None = None
 
 
-def make_optimizer(trainable: dict[str, Tensor], settings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay only on matrices that multiply activations."""
+def make_optimizer(trainable: dict[str, Tensor], settings, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay only on matrices that multiply activations.
+
+    On CUDA the learning rate is a tensor, which CUDA graphs read at every replay.
+    """
     decayed = [p for name, p in trainable.items() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in trainable.items() if p.ndim < 2 or "embedding" in name]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, fused=True)
+    on_cuda = device.type == "cuda"
+    lr = torch.tensor(settings.lr, device=device) if on_cuda else settings.lr
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True, capturable=on_cuda)
+
+
+def step_inputs(batch: dict) -> dict[str, Tensor]:
+    """What a step reads of a batch: features (B, N, D) or pixel_values (B, 3, H, W), and labels (B, G, T) as (B*G, T)."""
+    content = "features" if "features" in batch else "pixel_values"
+    return {content: batch[content], "labels": batch["labels"].flatten(0, 1)}
 
 
 class Trainer:
     """What a training loop calls, with `settings` as in train.py; trainable is the list that `lora.set_trainable` returned.
 
-    val_rows are the rows whose batches `evaluate` gets; the report opens the pictures of the first ones.
+    val_rows are the rows whose batches `evaluate` gets; the report opens the pictures of the first ones. seed_adapters(seed, step) fixes the masks of
+    added parts that have streams of their own.
     """
 
     def __init__(
@@ -60,11 +74,16 @@ class Trainer:
         precision: str,
         tracker: Callable[[int, dict[str, float]], None],
         val_rows: Sequence[Row],
+        seed_adapters: Callable[[int, int], None] = lambda seed, step: None,
     ):
         self.settings, self.run, self.model, self.tokenizer, self.trainable, self.facts = settings, run, model, tokenizer, trainable, facts
-        self.device, self.tracker, self.val_rows = device, tracker, val_rows
+        self.device, self.tracker, self.val_rows, self.seed_adapters = device, tracker, val_rows, seed_adapters
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self.optimizer = make_optimizer(trainable, settings)
+        self.optimizer = make_optimizer(trainable, settings, device)
+        self.update = self.update_weights
+        if settings.cuda_graphs:
+            full = FullBatches(settings.batch_size, bucket_edges(settings.max_caption_tokens))
+            self.update = StepGraphs(self.update_weights, Recorder(device), full)
         self.state = TrainState()
         self.trains_vision = any(name.startswith("vision.") for name in trainable)
 
@@ -77,26 +96,49 @@ class Trainer:
     def train_step(self, batches: list[dict], lr: float) -> tuple[float, float]:
         """One optimiser step over micro-batches, each token weighing the same; (loss per token, gradient norm). Raises UserError where not finite."""
         self.set_training(True)
-        labels = [batch["labels"].flatten(0, 1).to(self.device) for batch in batches]  # (B, G, T) → (B*G, T)
-        total = sum(int((micro != -100).sum()) for micro in labels)
-        loss_sum = 0.0
+        self.set_lr(lr)
+        self.seed_micro_batch(0)
+        loss, norm = torch.stack(self.update([step_inputs(batch) for batch in batches])).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            kept = f"; the weights of the last evaluation are in {self.run / 'checkpoints' / 'last'}"
+            raise UserError(f"non-finite {'loss' if not math.isfinite(loss) else 'gradient'} at step {self.state.step + 1}{kept}")
+        self.state.step += 1
+        return loss, norm
+
+    def update_weights(self, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The work of a step over the `step_inputs` of its micro-batches: loss per token and gradient norm, scalars on the device.
+
+        With one micro-batch, nothing here waits for the device, so that a CUDA graph can hold it.
+        """
+        labels = [batch["labels"].to(self.device) for batch in batches]
+        total = sum((micro != -100).sum() for micro in labels)
+        loss_sum = torch.zeros((), device=self.device)
         for index, (batch, micro) in enumerate(zip(batches, labels, strict=True)):
-            torch.manual_seed(((self.settings.seed << 40) + (self.state.step << 12) + index) % 2**63)
+            if index:
+                self.seed_micro_batch(index)
             with self.autocast:
                 memory = encode_images(self.model, batch, self.device, self.trains_vision)
                 loss, _ = self.model.loss(memory, micro, self.settings.label_smoothing)
             (loss / total).backward()
-            loss_sum += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), self.settings.clip).item()
-        if not math.isfinite(loss_sum) or not math.isfinite(norm):
-            kept = f"; the weights of the last evaluation are in {self.run / 'checkpoints' / 'last'}"
-            raise UserError(f"non-finite {'loss' if not math.isfinite(loss_sum) else 'gradient'} at step {self.state.step + 1}{kept}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            loss_sum += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.state.step += 1
         return loss_sum / total, norm
+
+    def set_lr(self, lr: float) -> None:
+        """In place where it is a tensor."""
+        for group in self.optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def seed_micro_batch(self, index: int) -> None:
+        """All masks become a function of (seed, step, micro-batch)."""
+        place = (self.state.step << 12) + index
+        torch.manual_seed(((self.settings.seed << 40) + place) % 2**63)
+        self.seed_adapters(self.settings.seed, place)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[dict]) -> tuple[dict, list[tuple[str, str, str]]]:
@@ -108,7 +150,7 @@ class Trainer:
                 memory = encode_images(self.model, batch, self.device)
                 loss, count = self.model.loss(memory, batch["labels"].flatten(0, 1).to(self.device))
                 ids = generate.greedy(self.model, memory, max_new_tokens=min(30, self.settings.max_caption_tokens))
-            loss_sum, tokens = loss_sum + loss.item(), tokens + count
+            loss_sum, tokens = loss_sum + loss.item(), tokens + int(count)
             captions = self.tokenizer.decode(ids)
             rows += [(image_id, caption, texts[0]) for image_id, caption, texts in zip(batch["ids"], captions, batch["captions"], strict=True)]
             references += batch["captions"]

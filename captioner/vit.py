@@ -15,6 +15,7 @@ import copy
 import difflib
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -262,7 +263,8 @@ class VisionTransformer(nn.Module):
     """Normalised pixels (B, 3, S, S) -> tokens (B, N, D) of the last block, before the post-norm.
 
     The class token comes first, then the patches row by row: N = 1 + (S // P) ** 2.
-    Attributes: `width` (D), `image_size` (S), `num_tokens` (N), `config`.
+    Attributes: `width` (D), `image_size` (S), `num_tokens` (N), `config`, and `frozen`, the faster form that
+    `captioner.frozen_vit.prepare_frozen` puts there and that is used where no gradient is asked for.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -271,6 +273,7 @@ class VisionTransformer(nn.Module):
         self.width = config.width
         self.image_size = config.image_size
         self.num_tokens = config.num_tokens
+        self.frozen: Callable[[Tensor], Tensor] | None = None
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         positions = torch.empty(config.num_tokens, config.width)
@@ -280,7 +283,9 @@ class VisionTransformer(nn.Module):
             self.register_buffer("position_embedding", positions)
         self.norm_pre = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        init_weights(self)
+        # Without values (the meta device) there is nothing to draw, and drawing would import half of torch's compiler.
+        if not self.class_embedding.is_meta:
+            init_weights(self)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
@@ -288,6 +293,8 @@ class VisionTransformer(nn.Module):
                 f"expected pixels of shape (B, 3, {self.image_size}, {self.image_size}), "
                 f"got {tuple(pixel_values.shape)}; another size needs a tower built for it (image_size)"
             )
+        if self.frozen is not None and not torch.is_grad_enabled():
+            return self.frozen(pixel_values)
         x = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (B, N - 1, D)
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.position_embedding.to(x.dtype)  # (B, N, D)

@@ -25,7 +25,13 @@ class FeatureStore(Protocol):
     """Frozen vision features kept from an earlier pass."""
 
     def get(self, row: Row) -> torch.Tensor | None:
-        """(N, D) tokens of the row's image; None or a raised BadImage where it has none."""
+        """(N, D) tokens of the row's image, or the 0-d place where `gather` finds them; None or a raised BadImage where it has none.
+
+        Called where images would be decoded, in the worker processes.
+        """
+
+    def gather(self, found: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) tokens from what `get` gave, stacked; called in the process that takes the batches."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +113,26 @@ class CaptionDataset(Dataset):
         return features
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(n) that depends on (seed, epoch) alone.
+def epoch_order(n: int, seed: int, epoch: int, stream: int = 0) -> list[int]:
+    """A permutation of range(n) that depends on (seed, epoch) alone; streams are independent of each other.
 
     Sorting the raw words of Philox, whose stream NumPy guarantees, keeps it the same across NumPy versions.
     """
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed {seed} and epoch {epoch} must not be negative")
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+    words = np.random.Philox(counter=counter, key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n)
     return np.argsort(words, kind="stable").tolist()
 
 
 class Batches:
     """One pass over the batches of an order, from `start_batch` on; see `make_loader`."""
 
-    def __init__(self, loader: DataLoader, start_batch: int, ledger: BadImageLedger) -> None:
+    def __init__(
+        self, loader: DataLoader, start_batch: int, ledger: BadImageLedger, features: FeatureStore | None = None
+    ) -> None:
         self.loader = loader
+        self.features = features
         self.start_batch = start_batch
         self.ledger = ledger
 
@@ -134,6 +144,8 @@ class Batches:
         for index, batch in enumerate(self.loader, start=self.start_batch):
             for bad in batch["bad"]:
                 self.ledger.record(bad)
+            if "features" in batch:
+                batch["features"] = self.features.gather(batch["features"])
             if batch["ids"]:
                 yield {"batch_index": index, **batch}
 
@@ -152,8 +164,11 @@ def make_loader(
     start_batch: int = 0,
     ledger: BadImageLedger | None = None,
     pin_memory: bool = False,
+    widths: Sequence[int] = (),
 ) -> Batches:
     """Batches (see data/collate.py) of consecutive `batch_size` pieces of `order`; a bad image makes its batch smaller.
+
+    With `widths` (ascending), labels are padded to the next of them; without, to the longest caption of the batch.
 
     Every batch also carries `batch_index`, its place in the epoch: `start_batch = batch_index + 1` resumes after it.
     Bad images go to the ledger as they are met, and a batch with no good image is not yielded.
@@ -165,13 +180,13 @@ def make_loader(
         dataset,
         batch_sampler=pieces[start_batch:],
         num_workers=workers,
-        collate_fn=Collate(tokenizer_encode, captions_per_image, seed, epoch, max_caption_tokens),
+        collate_fn=Collate(tokenizer_encode, captions_per_image, seed, epoch, max_caption_tokens, tuple(widths)),
         worker_init_fn=_quiet_worker,
         pin_memory=pin_memory,
         # Its own generator, so that iterating draws nothing from the global one, which dropout uses.
         generator=torch.Generator(),
     )
-    return Batches(loader, start_batch, ledger if ledger is not None else BadImageLedger())
+    return Batches(loader, start_batch, ledger if ledger is not None else BadImageLedger(), dataset.features)
 
 
 def _quiet_worker(worker: int) -> None:

@@ -17,12 +17,16 @@ from lora.adapters import (
     remove_adapter,
     set_stack,
 )
+from lora.functional import KERNELS, use_kernel
 from lora.inject import (
     adapter_parameters,
     apply_lora,
     format_parameter_table,
+    kernel_report,
+    lay_out,
     merge_lora,
     parameter_table,
+    seed_dropout,
     set_trainable,
     unmerge_lora,
 )
@@ -34,6 +38,7 @@ from lora.soft_prompt import SoftPrompt, apply_soft_prompt, initial_prompt, load
 
 __all__ = [
     "CONFIG_FILE",
+    "KERNELS",
     "STYLES",
     "AdaptedResidual",
     "Bottleneck",
@@ -51,6 +56,8 @@ __all__ = [
     "format_parameter_table",
     "get_stack",
     "initial_prompt",
+    "kernel_report",
+    "lay_out",
     "load_adapter",
     "load_peft",
     "load_prompt",
@@ -64,7 +71,9 @@ __all__ = [
     "save_adapter",
     "save_peft",
     "save_prompt",
+    "seed_dropout",
     "set_stack",
     "set_trainable",
     "unmerge_lora",
+    "use_kernel",
 ]

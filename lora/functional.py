@@ -1,202 +1,350 @@
-"""The LoRA linear: one reference, one fused form, and the one place that chooses between them.
+"""LoRA linears: the plain reference, the form made of library products, and the one place that chooses between them and Triton.
 
-    y  = x W^T + b + scale * (m * x) A^T B^T                scale = scaling / keep
-    dx = dy W + m * (dh A)                                  dh = scale * dy B
-    dA = dh^T (m * x)        dB = scale * dy^T h            h = (m * x) A^T
+For n adapters that read one input (q, k, v; wi_0, wi_1; ...), in one pass:
 
-x (..., D_in), W (D_out, D_in), b (D_out), A (R, D_in), B (D_out, R); m is 0 or 1 per element of x. W and b get a
-gradient only if they require one. LoRA: arXiv 2106.09685; dropout on its input and scaling as in `peft`.
+    h_i  = scale_i * (m_i * x) A_i^T                  y_i  = x W_i^T + b_i + h_i B_i^T              scale_i = scaling_i / keep
+    dh_i = scale_i * dy_i B_i                         dx   = sum of dy_i W_i + m_i * (dh_i A_i)
+    dA_i = dh_i^T (m_i * x)                           dB_i = dy_i^T h_i
 
-Dropout: the drop rate is rounded to n / 32768 (0.1 becomes 3277 / 32768 = 0.100006) and 1 / keep is folded into
-`scale`. Masks come from torch's default generator of x's device, one independent draw per call, so
-`torch.manual_seed` before a step fixes all of them. A mask is made of 15-bit fields of 64-bit draws and applied by a
-bitwise AND, which costs about a quarter of `F.dropout` on a CPU.
+x (..., K), W_i (N_i, K), b_i (N_i), A_i (R, K), B_i (N_i, R); m is 0 or 1 per element of x, from `masks`: never stored, drawn again in the backward pass.
+W and b get a gradient only if they require one. LoRA: arXiv 2106.09685; dropout on its input and scaling as in `peft`. A and B are cast to x's dtype
+at use, their gradients come back in their own.
 
-The fused form keeps x and the mask (one byte an element) for the backward pass, nothing else of x's size, and writes
-the rank-R product onto the base GEMM's output in place. Under autocast, and with low-precision base weights, A and B
-are cast at use; their gradients come back in their own dtype.
+Where `lay_out` has put the frozen weights side by side with room for columns of B behind each row, the base product and the update are one product,
+[x | h] [W | B]^T, and so are dx and dh: at most 32 columns more, which costs nothing.
+
+Legend: M rows, K inputs, N outputs, R rank, P columns of room.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DROP_LEVELS = 2**15
-FIELDS = 0x7FFF_7FFF_7FFF_7FFF  # the low 15 bits of each 16-bit field
-CHUNK = 2**17  # elements of x that are worked on at a time on a CPU; a multiple of 4, the fields of one draw
+from lora import cpu, kernel_table, triton_lora
+from lora.masks import LEVELS, adapter_key, adapter_keys, drop_level, keep_fields, keep_probability
+
+CHUNK = 2**17  # elements of x that are worked on at a time and thread on a CPU, so that temporaries stay in its cache
+COLUMNS = 32  # room for B comes in multiples of this, the tile of matrix units
+KERNELS = ("auto", "triton", "reference")
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def drop_level(dropout: float) -> int:
-    """The n of the drop rate n / 32768 that is used for `dropout`: at most 32767, and 0 (none) below 1 / 65536."""
-    return min(round(dropout * DROP_LEVELS), DROP_LEVELS - 1)
+class Adapter(NamedTuple):
+    """A (R, K), B (N, R), the scaling of their product, and the number of its dropout stream."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    stream: int = 0
 
 
-def keep_probability(dropout: float) -> float:
-    """The exact probability with which an element survives."""
-    return 1 - drop_level(dropout) / DROP_LEVELS
+def lora_linear(x, weight, bias, adapter: Adapter, dropout: float = 0.0, state: Tensor | None = None, implementation: str | None = None) -> Tensor:
+    """`lora_linears` of one adapter: x (..., K) → (..., N)."""
+    return lora_linears(x, [weight], [bias], [adapter], dropout, state, implementation)[0]
 
 
-def draw_keep_mask(shape: tuple[int, ...], dropout: float, device: torch.device) -> Tensor:
-    """A fresh int8 mask of this shape: -1 (all bits set) where the element is kept, 0 where it is dropped. Needs
-    `drop_level(dropout)` > 0.
-    """
-    mask = torch.empty(torch.Size(shape).numel(), dtype=torch.int8, device=device)
-    for part in mask.split(CHUNK if device.type == "cpu" else max(1, mask.numel())):
-        draws = torch.empty((part.numel() + 3) // 4, dtype=torch.int64, device=device).random_()
-        fields = draws.bitwise_and_(FIELDS).view(torch.int16)[: part.numel()]
-        # field - kept levels is negative exactly where the element is kept, and >> 15 copies the sign to every bit.
-        part.copy_(fields.sub_(DROP_LEVELS - drop_level(dropout)).bitwise_right_shift_(15))
-    return mask.view(shape)
-
-
-def as_integers(x: Tensor) -> Tensor:
-    """The bits of x."""
-    return x.view(INTEGER_OF_SIZE[x.element_size()])
-
-
-def row_slices(x: Tensor) -> list[slice]:
-    """Cuts of the rows of x (M, D): on a CPU, pieces whose temporaries stay in its cache."""
-    step = max(1, CHUNK // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
-    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
-
-
-def lora_linear(
+def lora_linears(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    adapters: Sequence[Adapter],
     dropout: float = 0.0,
-    training: bool = False,
+    state: Tensor | None = None,
     implementation: str | None = None,
-) -> Tensor:
-    """x (..., D_in) → (..., D_out). Dropout acts only in training; implementation is a key of IMPLEMENTATIONS, or
-    None for the fastest.
+) -> list[Tensor]:
+    """x (..., K) → one (..., N_i) for each weight. Dropout acts where there is a state (see `masks.stream_state`). implementation is a key of
+    IMPLEMENTATIONS, or None for what `choose` says. Raises ValueError where `use_kernel` asks for one that can not be had.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return IMPLEMENTATIONS[implementation or "fused"](x, weight, bias, lora_A, lora_B, scaling, dropout, training)
-
-
-def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, dropout=0.0, training=False) -> Tensor:
-    """The formula in plain PyTorch, differentiated by autograd; draws the same masks as the fused form."""
-    dropped = x
-    if training and drop_level(dropout) > 0:
-        kept = draw_keep_mask(x.shape, dropout, x.device) < 0
-        dropped = torch.where(kept, x, 0) / keep_probability(dropout)
-    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
-
-
-def lora_linear_fused(x, weight, bias, lora_A, lora_B, scaling, dropout=0.0, training=False) -> Tensor:
-    """The same with hand-written gradients."""
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    rate = 0.0 if state is None else drop_level(dropout) / LEVELS
     rows = x.reshape(-1, x.shape[-1])
-    mask = None
-    if training and drop_level(dropout) > 0:
-        mask = draw_keep_mask(rows.shape, dropout, x.device)
-        scaling = scaling / keep_probability(dropout)
-    return FusedLoRALinear.apply(rows, weight, bias, lora_A, lora_B, scaling, mask).view(
-        *x.shape[:-1], -1 if rows.shape[0] else weight.shape[0]
-    )
+    config = ""
+    if implementation is None:
+        implementation, config, _ = choose(rows, weights, biases, adapters, rate)
+    options = {"config": config} if config else {}
+    outputs = IMPLEMENTATIONS[implementation](rows, weights, biases, adapters, rate, state, **options)
+    return [y.reshape(*x.shape[:-1], weight.shape[0]) for y, weight in zip(outputs, weights)]
 
 
-def dropped_rows(x: Tensor, mask: Tensor, rows: slice) -> Tensor:
-    """Some rows of m * x (new memory), for a mask that is -1 where the element is kept and 0 where it is dropped."""
-    return mask[rows].to(INTEGER_OF_SIZE[x.element_size()]).bitwise_and_(as_integers(x[rows])).view(x.dtype)
+_kernel = "auto"
 
 
-def project(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    """(m * x) A^T: x (M, D_in), A (R, D_in) → (M, R)."""
-    if mask is None:
-        return x @ A.t()
-    hidden = x.new_empty(x.shape[0], A.shape[0])
-    for rows in row_slices(x):
-        torch.mm(dropped_rows(x, mask, rows), A.t(), out=hidden[rows])
+def use_kernel(name: str) -> None:
+    """Force one of KERNELS for all LoRA linears from here on; `auto` takes the fastest by measurement. Raises ValueError on another name."""
+    global _kernel
+    if name not in KERNELS:
+        raise ValueError(f"unknown LoRA kernel {name!r}: one of {', '.join(KERNELS)}")
+    _kernel = name
+
+
+def choose(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], adapters: Sequence[Adapter], rate: float
+) -> tuple[str, str, str]:
+    """(key of IMPLEMENTATIONS, its launch settings, why in a few words) for x (M, K). Raises ValueError where Triton is asked for and can not run."""
+    if _kernel == "reference":
+        return "reference", "", "as asked for"
+    trained = any(tensor is not None and tensor.requires_grad for tensor in (*weights, *biases))
+    why_not = "the base is trained too" if trained else triton_lora.available(x)
+    if _kernel == "triton" and why_not is None:
+        return "triton", "", "as asked for"
+    if _kernel == "triton":
+        raise ValueError(f"--lora-kernel triton: {why_not}")
+    if x.device.type == "cpu":
+        return "fused", "", f"CPU; {cpu.unavailable() or 'C kernel for the masks'}"
+    if why_not is not None:
+        return "fused", "", why_not
+    shape = x.shape[0], x.shape[1], sum(weight.shape[0] for weight in weights), len(adapters), adapters[0].A.shape[0]
+    return kernel_table.choose(torch.cuda.get_device_name(x.device), *shape, rate, x.dtype)
+
+
+def lora_linears_reference(x, weights, biases, adapters, rate, state) -> list[Tensor]:
+    """The formula in plain PyTorch on rows (M, K), differentiated by autograd."""
+    outputs = []
+    for weight, bias, adapter in zip(weights, biases, adapters, strict=True):
+        dropped = x
+        if rate:
+            kept = keep_fields(adapter_key(state, adapter.stream), 0, *x.shape, rate) < 0
+            dropped = torch.where(kept, x, 0) / keep_probability(rate)
+        update = F.linear(F.linear(dropped, adapter.A.to(x.dtype)), adapter.B.to(x.dtype))
+        outputs.append(F.linear(x, weight, bias) + adapter.scaling * update)
+    return outputs
+
+
+def lora_linears_fused(x, weights, biases, adapters, rate, state) -> list[Tensor]:
+    """The same from library products with hand-written gradients."""
+    drop = Dropout.of(rate, state, [adapter.stream for adapter in adapters])
+    scales = tuple(adapter.scaling / keep_probability(rate) for adapter in adapters)
+    As, Bs = [adapter.A for adapter in adapters], [adapter.B for adapter in adapters]
+    return FusedLoRA.apply(x, drop, scales, *weights, *biases, *As, *Bs)
+
+
+def lora_linears_triton(x, weights, biases, adapters, rate, state, config: str = "") -> list[Tensor]:
+    """The same from `triton_lora`: one pass where `lay_out` has put the weights side by side and ranks are equal, else one for each adapter."""
+    room = with_room(weights, 0) if len({adapter.A.shape[0] for adapter in adapters}) == 1 else None
+    if room is None and len(adapters) > 1:
+        each = zip(weights, biases, adapters)
+        return [lora_linears_triton(x, [weight], [bias], [adapter], rate, state)[0] for weight, bias, adapter in each]
+    weight = weights[0] if room is None else room[:, : x.shape[1]]
+    bias = None
+    if any(bias is not None for bias in biases):
+        bias = torch.cat([x.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, biases)])
+    A, B = torch.cat([adapter.A for adapter in adapters]), torch.cat([adapter.B for adapter in adapters])
+    scales, sizes = [adapter.scaling / keep_probability(rate) for adapter in adapters], [weight.shape[0] for weight in weights]
+    streams = [adapter.stream for adapter in adapters]
+    return triton_lora.lora_linears(x, weight, bias, A, B, scales, sizes, rate, state if rate else None, streams, config).split(sizes, dim=1)
+
+
+class Dropout(NamedTuple):
+    """The masks of adapters on one input (M, K): one key each, see `masks.adapter_key`."""
+
+    rate: float
+    keys: Tensor
+
+    @classmethod
+    def of(cls, rate: float, state: Tensor | None, streams: Sequence[int]) -> "Dropout":
+        return cls(rate, adapter_keys(state, streams) if rate else torch.zeros(len(streams), dtype=torch.int64))
+
+    def dropped(self, x: Tensor, index: int, first_row: int) -> tuple[Tensor, Tensor | None]:
+        """(m * x, m as integers of x's size that are -1 or 0) of adapter `index`, for some rows x (m, K) of the input."""
+        if not self.rate:
+            return x, None
+        fields = keep_fields(self.keys[index : index + 1], first_row, *x.shape, self.rate).to(INTEGER_OF_SIZE[x.element_size()])
+        return (fields & x.view(fields.dtype)).view(x.dtype), fields
+
+    def row_slices(self, x: Tensor) -> list[slice]:
+        """Cuts of the rows of x (M, K): on a CPU, where there are masks, pieces whose temporaries stay in its cache."""
+        cut = self.rate and x.device.type == "cpu"
+        step = max(1, CHUNK * torch.get_num_threads() // x.shape[1]) if cut else max(1, x.shape[0])
+        return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+
+
+def project(x: Tensor, As: Sequence[Tensor], drop: Dropout, out: Tensor) -> Tensor:
+    """(m_i * x) A_i^T of every adapter, side by side in out (M, sum of R)."""
+    ranks = [A.shape[0] for A in As]
+    if cpu.fits(x):
+        return cpu.project(x, joined(As), ranks, drop.keys, kept_levels(drop.rate), out)
+    for rows in drop.row_slices(x):
+        for index, (A, columns) in enumerate(zip(As, out[rows].split(ranks, dim=1))):
+            columns.copy_(drop.dropped(x[rows], index, rows.start)[0] @ A.to(x.dtype).t())
+    return out
+
+
+def project_backward(dhidden, x, As, drop, dx: Tensor | None, need_A: bool) -> list[Tensor | None]:
+    """Gradients of `project`: adds m_i * (dh_i A_i) to dx (M, K) where there is one; returns the dA_i in fp32 or wider."""
+    ranks = [A.shape[0] for A in As]
+    if cpu.fits(x):
+        dA = cpu.project_backward(dhidden, x, joined(As), ranks, drop.keys, kept_levels(drop.rate), dx, need_A)
+        return dA.split(ranks) if need_A else [None] * len(As)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dAs = [torch.zeros(A.shape, dtype=wide, device=x.device) if need_A else None for A in As]
+    for rows in drop.row_slices(x):
+        for index, (A, dh) in enumerate(zip(As, dhidden[rows].split(ranks, dim=1))):
+            dropped, fields = drop.dropped(x[rows], index, rows.start)
+            if need_A:
+                dAs[index] += dh.t() @ dropped
+            if dx is not None:
+                update = dh @ A.to(x.dtype)
+                if fields is not None:
+                    update.view(fields.dtype).bitwise_and_(fields)
+                dx[rows] += update
+    return dAs
+
+
+def joined(As: Sequence[Tensor]) -> Tensor:
+    """(sum of R, K) in fp32."""
+    return (As[0] if len(As) == 1 else torch.cat([A.detach() for A in As])).detach().float().contiguous()
+
+
+def kept_levels(rate: float) -> int:
+    """Of 32768 draws those that keep an element; 0 where nothing is dropped."""
+    return LEVELS - drop_level(rate) if rate else 0
+
+
+class FusedLoRA(torch.autograd.Function):
+    """`lora_linears_fused`: x (M, K), then the n weights, biases, As and Bs one after another → n outputs (M, N_i)."""
+
+    @staticmethod
+    def forward(ctx, x, drop, scales, *tensors):
+        n = len(scales)
+        weights, biases, As, Bs = (tensors[start : start + n] for start in range(0, 4 * n, n))
+        ranks, sizes = [A.shape[0] for A in As], [weight.shape[0] for weight in weights]
+        room = None if any(ctx.needs_input_grad[3 : 3 + n]) else with_room(weights, sum(ranks))
+        ctx.drop, ctx.scales, ctx.ranks, ctx.sizes, ctx.in_room = drop, scales, ranks, sizes, room is not None
+        if room is None:
+            hidden = scale_(project(x, As, drop, x.new_empty(x.shape[0], sum(ranks))), ranks, scales)
+            outputs = []
+            for weight, bias, B, h in zip(weights, biases, Bs, hidden.split(ranks, dim=1)):
+                outputs.append(F.linear(x, weight, bias).addmm_(h, B.to(x.dtype).t()))
+            ctx.save_for_backward(x, hidden, *weights, *As, *Bs)
+            return tuple(outputs)
+        wide = x.new_empty(x.shape[0], room.shape[1])  # [x | h | 0]
+        wide[:, : x.shape[1]] = x
+        wide[:, x.shape[1] + sum(ranks) :] = 0
+        hidden = scale_(project(x, As, drop, wide[:, x.shape[1] : x.shape[1] + sum(ranks)]), ranks, scales)
+        y = F.linear(wide, put_in_room(room, x.shape[1], Bs))
+        outputs = y.split(sizes, dim=1)
+        for out, bias in zip(outputs, biases):
+            if bias is not None:
+                out += bias
+        ctx.save_for_backward(wide[:, : x.shape[1]], hidden, *weights, *As, *Bs)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        n = len(ctx.scales)
+        x, hidden, *tensors = ctx.saved_tensors
+        weights, As, Bs = (tensors[start : start + n] for start in range(0, 3 * n, n))
+        need_x, need = ctx.needs_input_grad[0], [ctx.needs_input_grad[3 + k * n : 3 + (k + 1) * n] for k in range(4)]
+        dx = None
+        if ctx.in_room and need_x:
+            both = (dys[0] if n == 1 else torch.cat(dys, dim=1)) @ with_room(weights, sum(ctx.ranks))  # B is still there
+            dx, dhidden = both[:, : x.shape[1]], both[:, x.shape[1] : x.shape[1] + sum(ctx.ranks)]
+        else:
+            dhidden = torch.cat([dy @ B.to(dy.dtype) for dy, B in zip(dys, Bs)], dim=1)
+            for dy, weight in zip(dys, weights) if need_x else ():
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        dAs = project_backward(scale_(dhidden, ctx.ranks, ctx.scales), x, As, ctx.drop, dx, any(need[2]))
+        dAs = [dA.to(A.dtype) if needed else None for dA, A, needed in zip(dAs, As, need[2])]
+        # (R, M) @ (M, N) and a transpose at the end is twice as fast as the other order.
+        dBs = [
+            (h.t() @ dy).t().to(B.dtype) if needed else None
+            for h, dy, B, needed in zip(hidden.split(ctx.ranks, dim=1), dys, Bs, need[3])
+        ]
+        dweights = [dy.t() @ x if needed else None for dy, needed in zip(dys, need[0])]
+        dbiases = [dy.sum(0) if needed else None for dy, needed in zip(dys, need[1])]
+        return dx, None, None, *dweights, *dbiases, *dAs, *dBs
+
+
+def with_room(weights: Sequence[Tensor], ranks: int) -> Tensor | None:
+    """The frozen weights (N_i, K) as one (sum of N_i, K + P) if they are all that `lay_out` has put there and P is enough for B of these ranks, else None.
+
+    All, since what is written into the room for some of them would be read with the others.
+    """
+    first = weights[0].detach()
+    stride, width = first.stride(0), first.shape[1]
+    if stride < width + ranks or first.stride(1) != 1:
+        return None
+    rows, storage = 0, first.untyped_storage()
+    for weight in weights:
+        follows = weight.data_ptr() == first.data_ptr() + rows * stride * first.element_size()
+        if not follows or weight.stride() != first.stride() or weight.untyped_storage().data_ptr() != storage.data_ptr():
+            return None
+        rows += weight.shape[0]
+    if first.storage_offset() or storage.nbytes() != rows * stride * first.element_size():
+        return None
+    return first.as_strided((rows, stride), (stride, 1))
+
+
+def put_in_room(room: Tensor, width: int, Bs: Sequence[Tensor]) -> Tensor:
+    """The weights (N, K + P) of that width K with B_i in their room: rows of adapter i, columns behind those of the adapters before it.
+
+    Changes no weight.
+    """
+    row, column = 0, width
+    for B in Bs:
+        room[row : row + B.shape[0], column : column + B.shape[1]] = B.detach()
+        row, column = row + B.shape[0], column + B.shape[1]
+    return room
+
+
+def scale_(hidden: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """hidden (M, sum of R) with the columns of each adapter times its scale, in place."""
+    if len(set(scales)) == 1:
+        return hidden.mul_(scales[0])
+    for columns, scale in zip(hidden.split(ranks, dim=1), scales):
+        columns.mul_(scale)
     return hidden
 
 
-def project_backward(
-    dhidden: Tensor, x: Tensor, A: Tensor, mask: Tensor | None, need_x: bool, need_A: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `project`: dx = m * (dh A), and dA = dh^T (m * x) in fp32 or wider."""
-    if mask is None:
-        return dhidden @ A if need_x else None, (dhidden.t() @ x).to(
-            torch.promote_types(x.dtype, torch.float32)
-        ) if need_A else None
-    dx = torch.empty_like(x) if need_x else None
-    dA = torch.zeros_like(A, dtype=torch.promote_types(x.dtype, torch.float32)) if need_A else None
-    for rows in row_slices(x):
-        if need_x:
-            bits = mask[rows].to(INTEGER_OF_SIZE[x.element_size()])
-            torch.bitwise_and(as_integers(dhidden[rows] @ A), bits, out=as_integers(dx[rows]))
-        if need_A:
-            dA += dhidden[rows].t() @ dropped_rows(x, mask, rows)
-    return dx, dA
+@torch.no_grad()
+def lay_out(weights: Sequence[torch.nn.Parameter], ranks: int) -> None:
+    """Move frozen weights (N_i, K) that read one input into one buffer (sum of N_i, K + P), P columns for `put_in_room`; values and parameters stay."""
+    first = weights[0]
+    buffer = first.new_zeros(sum(weight.shape[0] for weight in weights), first.shape[1] + -(-ranks // COLUMNS) * COLUMNS)
+    for weight, rows in zip(weights, buffer.split([weight.shape[0] for weight in weights])):
+        rows[:, : weight.shape[1]] = weight
+        weight.data = rows[:, : weight.shape[1]]
 
 
-class FusedLoRALinear(torch.autograd.Function):
-    """`lora_linear_fused` on rows (M, D_in) with a mask that is drawn already."""
+def lora_projections(x: Tensor, adapters: Sequence[Adapter], dropout: float = 0.0, state: Tensor | None = None) -> list[Tensor]:
+    """scale_i * (m_i * x) A_i^T: x (..., K) → one (..., R) for each adapter, the part of `lora_linears` before B."""
+    rate = 0.0 if state is None else drop_level(dropout) / LEVELS
+    scales = tuple(adapter.scaling / keep_probability(rate) for adapter in adapters)
+    drop = Dropout.of(rate, state, [adapter.stream for adapter in adapters])
+    outputs = DroppedProjections.apply(x.reshape(-1, x.shape[-1]), drop, scales, *(adapter.A for adapter in adapters))
+    return [hidden.view(*x.shape[:-1], -1) for hidden in outputs]
+
+
+class DroppedProjections(torch.autograd.Function):
+    """`lora_projections` on rows (M, K)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scale, mask):
-        hidden = project(x, lora_A.to(x.dtype), mask)  # (M, R)
-        y = F.linear(x, weight, bias)
-        y.addmm_(hidden, lora_B.to(x.dtype).t(), alpha=scale)  # (M, D_out)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, hidden, mask)
-        ctx.scale = scale
-        return y
+    def forward(ctx, x, drop, scales, *As):
+        ctx.save_for_backward(x, *As)
+        ctx.scales, ctx.drop = scales, drop
+        ranks = [A.shape[0] for A in As]
+        return scale_(project(x, As, drop, x.new_empty(x.shape[0], sum(ranks))), ranks, scales).split(ranks, dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        x, weight, lora_A, lora_B, hidden, mask = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        dx = dA = dB = None
-        if need_x or need_A:
-            dhidden = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)  # (M, R)
-            dx, dA = project_backward(dhidden, x, lora_A.to(dy.dtype), mask, need_x, need_A)
-        if need_x:
-            dx.addmm_(dy, weight)
-        if need_B:
-            # (R, M) @ (M, D_out) and a transpose at the end is twice as fast as the other order.
-            dB = (hidden.t() @ dy).mul_(ctx.scale).t().to(lora_B.dtype)
-        dweight = dy.t() @ x if need_weight else None
-        dbias = dy.sum(0) if need_bias else None
-        return dx, dweight, dbias, dA.to(lora_A.dtype) if need_A else None, dB, None, None
+    def backward(ctx, *dhiddens):
+        x, *As = ctx.saved_tensors
+        dhidden = scale_(torch.cat(dhiddens, dim=1), [A.shape[0] for A in As], ctx.scales)
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dAs = project_backward(dhidden, x, As, ctx.drop, dx, any(ctx.needs_input_grad[3:]))
+        return dx, None, None, *(None if dA is None else dA.to(A.dtype) for dA, A in zip(dAs, As))
 
 
-def lora_projection(
-    x: Tensor, lora_A: Tensor, scaling: float, dropout: float = 0.0, training: bool = False
-) -> Tensor:
-    """scale * (m * x) A^T: x (..., D_in) → (..., R), the part of `lora_linear` before B."""
-    rows = x.reshape(-1, x.shape[-1])
-    mask = None
-    if training and drop_level(dropout) > 0:
-        mask = draw_keep_mask(rows.shape, dropout, x.device)
-        scaling = scaling / keep_probability(dropout)
-    return DroppedProjection.apply(rows, lora_A, scaling, mask).view(*x.shape[:-1], lora_A.shape[0])
-
-
-class DroppedProjection(torch.autograd.Function):
-    """`lora_projection` on rows (M, D_in) with a mask that is drawn already."""
-
-    @staticmethod
-    def forward(ctx, x, lora_A, scale, mask):
-        ctx.save_for_backward(x, lora_A, mask)
-        ctx.scale = scale
-        return project(x, lora_A.to(x.dtype), mask).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dhidden):
-        x, lora_A, mask = ctx.saved_tensors
-        dx, dA = project_backward(dhidden * ctx.scale, x, lora_A.to(x.dtype), mask, *ctx.needs_input_grad[:2])
-        return dx, None if dA is None else dA.to(lora_A.dtype), None, None
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": lora_linear_reference, "fused": lora_linear_fused}
+IMPLEMENTATIONS: dict[str, Callable[..., Sequence[Tensor]]] = {
+    "reference": lora_linears_reference,
+    "fused": lora_linears_fused,
+    "triton": lora_linears_triton,
+}

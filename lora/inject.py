@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lora import functional
 from lora.layers import LoRALinear, check_settings
+from lora.masks import DropoutStream
 from lora.quant import Linear4bit, NF4Weight
 
 # Groups of target modules. timm's Transformers have one linear for q, k and v (attn.qkv) and call the output attn.proj.
@@ -101,9 +103,11 @@ def replace_linears(
 ) -> list[str]:
     """Wrap exactly the named linears, each with its settings of `LoRALinear`; their names, in module order."""
     ordered = [name for name, _ in model.named_modules() if name in layers]
-    for name in ordered:
+    stream = DropoutStream()
+    for number, name in enumerate(ordered):
         parent, _, child = name.rpartition(".")
         layer = LoRALinear(model.get_submodule(name), generator=generator, **layers[name])
+        layer.stream, layer.stream_number = stream, number
         setattr(model.get_submodule(parent), child, layer)
     return ordered
 
@@ -267,6 +271,37 @@ def format_parameter_table(rows: Sequence[ParameterRow]) -> str:
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
         for line in lines
     )
+
+
+def seed_dropout(model: nn.Module, seed: int, step: int) -> None:
+    """The masks of all LoRA layers are those of (seed, step) from here on; a micro-batch counts as a step of its own."""
+    for stream in {module.stream for module in lora_modules(model).values()}:
+        stream.seed(seed, step)
+
+
+def kernel_report(model: nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Which implementation LoRA layers use for inputs of so many rows, and why, a line each: `fused on 132 layers (CPU; ...)`. Raises ValueError where
+    the one asked for can not run.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for layer in lora_modules(model).values():
+        if isinstance(layer.base, Linear4bit):
+            choice = "fused", "4-bit base"
+        else:
+            x = torch.empty((rows, layer.in_features), dtype=dtype, device=device)
+            name, _, reason = functional.choose(x, [layer.base.weight], [layer.base.bias], [layer.adapter], layer.dropout)
+            choice = name, reason
+        counts[choice] = counts.get(choice, 0) + 1
+    return [f"{name} on {count} layers ({reason})" for (name, reason), count in counts.items()]
+
+
+def lay_out(groups: Iterable[Sequence[nn.Module]]) -> None:
+    """Put the frozen weights of every group of layers that read one input where `lora_linears` multiplies by them and by B at once; groups with a
+    layer that is no LoRALinear on a frozen nn.Linear are left alone. Do it after the model is on its device and in its precision.
+    """
+    for layers in groups:
+        if all(isinstance(layer, LoRALinear) and isinstance(layer.base, nn.Linear) for layer in layers):
+            functional.lay_out([layer.base.weight for layer in layers], sum(layer.rank for layer in layers))
 
 
 def merge_lora(model: nn.Module, remove: bool = False) -> None:

@@ -5,12 +5,14 @@ Legend: R rank.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.functional import lora_linear, lora_projection
+from lora.functional import Adapter, lora_linears, lora_projections
+from lora.masks import DropoutStream
 from lora.quant import Linear4bit, compute_dtype
 
 INITS = ("gaussian", "kaiming")
@@ -45,6 +47,8 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.alpha, self.dropout, self.init, self.rslora = rank, alpha, dropout, init, rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        # Of dropout: shared by the layers of a model, which are told apart by their numbers.
+        self.stream, self.stream_number = DropoutStream(), 0
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=base.weight.device))
@@ -60,22 +64,44 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if isinstance(self.base, Linear4bit):
             x = x.to(compute_dtype(x))
-            projected = lora_projection(x, self.lora_A, self.scaling, self.dropout, self.training)
-            return self.base(x) + F.linear(projected, self.lora_B.to(x.dtype))
-        return lora_linear(
-            x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling, self.dropout, self.training
-        )
+            return self.base(x) + F.linear(LoRALinear.projected(x, [self])[0], self.lora_B.to(x.dtype))
+        return LoRALinear.project(x, [self])[0]
 
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(W, Z, F) with forward(x) = x W^T + Z F^T (+ bias), Z (..., R), F (out, R), for callers that never form it.
+    @staticmethod
+    def project(x: Tensor, layers: Sequence["LoRALinear"]) -> list[Tensor]:
+        """The outputs of several layers that read the same input, in one pass where they are alike: x (..., in) → (..., out) each."""
+        first = layers[0]
+        alike = all(not layer.merged and layer.dropout == first.dropout and not isinstance(layer.base, Linear4bit) for layer in layers)
+        if not alike:
+            return [layer(x) for layer in layers]
+        weights, biases = [layer.base.weight for layer in layers], [layer.base.bias for layer in layers]
+        return lora_linears(x, weights, biases, [layer.adapter for layer in layers], first.dropout, first.dropout_state(x))
+
+    @staticmethod
+    def parts(x: Tensor, layers: Sequence["LoRALinear"]) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """For each layer (W, Z, F) with forward(x) = x W^T + Z F^T (+ bias), Z (..., R), F (out, R), for callers that never form it.
 
         While merged, Z and F are None.
         """
-        if self.merged:
-            return self.base.weight, None, None
-        weight = self.base.dequantized(x.dtype) if isinstance(self.base, Linear4bit) else self.base.weight
-        projected = lora_projection(x, self.lora_A, self.scaling, self.dropout, self.training)
-        return weight, projected, self.lora_B
+        weights = [layer.base.dequantized(x.dtype) if isinstance(layer.base, Linear4bit) else layer.base.weight for layer in layers]
+        if any(layer.merged or layer.dropout != layers[0].dropout for layer in layers):
+            return [LoRALinear.parts(x, [layer])[0] for layer in layers] if len(layers) > 1 else [(weights[0], None, None)]
+        projections = LoRALinear.projected(x, layers)
+        return [(weight, Z, layer.lora_B.to(Z.dtype)) for weight, Z, layer in zip(weights, projections, layers)]
+
+    @property
+    def adapter(self) -> Adapter:
+        """What `lora_linears` takes of it."""
+        return Adapter(self.lora_A, self.lora_B, self.scaling, self.stream_number)
+
+    @staticmethod
+    def projected(x: Tensor, layers: Sequence["LoRALinear"]) -> list[Tensor]:
+        """scaling * dropout(x) A^T of each layer: (..., in) → (..., R)."""
+        return lora_projections(x, [layer.adapter for layer in layers], layers[0].dropout, layers[0].dropout_state(x))
+
+    def dropout_state(self, x: Tensor) -> Tensor | None:
+        """What masks are drawn from in training, else None."""
+        return self.stream.state(x.device) if self.training and self.dropout else None
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Its own parameters by name, without base's."""

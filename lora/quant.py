@@ -168,11 +168,12 @@ class Linear4bit(Quantized):
         """The weight (out, in)."""
         return self.weight.dequantized(dtype)
 
-    def parts(self, x: Tensor) -> tuple[Tensor, None, None]:
-        """(W, None, None) with forward(x) = x W^T (+ bias), as `LoRALinear.parts`. A caller that keeps W for its
-        backward pass keeps a whole unpacked weight.
+    @staticmethod
+    def parts(x: Tensor, layers: Sequence["Linear4bit"]) -> list[tuple[Tensor, None, None]]:
+        """For each layer (W, None, None) with forward(x) = x W^T (+ bias), as `LoRALinear.parts`. A caller that keeps W
+        for its backward pass keeps a whole unpacked weight.
         """
-        return self.dequantized(compute_dtype(x)), None, None
+        return [(layer.dequantized(compute_dtype(x)), None, None) for layer in layers]
 
     def plain(self, weight: nn.Parameter) -> nn.Linear:
         """The nn.Linear with this weight."""

@@ -109,7 +109,7 @@ class Comparison:
         settings, run = self.settings, self.folder / name
         if not (run / "train.json").is_file():
             shutil.rmtree(run, ignore_errors=True)
-        shape = ["--max-steps", steps, "--batch-size", settings.batch_size, "--limit", settings.images, "--eval-every", steps, "--eval-images", eval_images]
+        shape = ["--max-steps", steps, "--batch-size", settings.batch_size, "--limit", settings.images, "--eval-every", steps, "--eval-images", eval_images, "--no-length-buckets"]
         return command(
             "train.py",
             ["--preset", "base", "--base", base, "--data", self.data[pictures], *flags.split(), "--lr", settings.lr or method.lr, "--seed", seed,

@@ -4,5 +4,3 @@ python="${PYTHON:-python3}"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 source .venv/bin/activate
 python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
-# Two OpenMP threads that spin beside another busy process run many times slower than one.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"

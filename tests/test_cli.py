@@ -160,3 +160,18 @@ def test_memory_settings_of_a_command():
     code = "import os; from captioner import cli; print(cli.keep_freed_memory(), os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.split()
     assert out == [str(platform.libc_ver()[0] == "glibc"), "128"]
+
+
+@pytest.mark.parametrize("environment, loadavg, expected", [
+    ({}, "0.10 0.05 0.01 1/80 123", {"GOMP_SPINCOUNT": "30000"}),
+    ({}, "0.10 0.05 0.01 2/80 123", {"OMP_WAIT_POLICY": "passive"}),
+    ({}, None, {"OMP_WAIT_POLICY": "passive"}),
+    ({}, "no numbers", {"OMP_WAIT_POLICY": "passive"}),
+    ({"OMP_WAIT_POLICY": "active"}, "0 0 0 1/80 123", {"OMP_WAIT_POLICY": "active"}),
+    ({"GOMP_SPINCOUNT": "5"}, "0 0 0 2/80 123", {"GOMP_SPINCOUNT": "5"}),
+])  # fmt: skip
+def test_threads_spin_on_an_idle_machine_and_sleep_beside_others(tmp_path, environment, loadavg, expected):
+    if loadavg is not None:
+        (tmp_path / "loadavg").write_text(loadavg)
+    cli.choose_waiting(environment, tmp_path / "loadavg")
+    assert environment == expected

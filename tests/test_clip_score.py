@@ -351,3 +351,10 @@ def test_scores_equal_those_of_transformers(tmp_path, monkeypatch, quick_gelu):
         cosines = {prompt: (output.image_embeds[k] @ output.text_embeds[k]).item() for prompt, output in outputs.items()}
         assert items[k]["CLIP_cosine"] == pytest.approx(cosines[""], abs=1e-5)
         assert items[k]["CLIPScore"] == pytest.approx(2.5 * max(cosines[PROMPT], 0), abs=1e-5)
+
+
+def test_texts_of_like_length_share_a_batch(scorer, encoded, monkeypatch):
+    monkeypatch.setattr(clip_score, "TEXT_BATCH", 2)
+    texts = ["dog", "a dog on a lawn", "cat", "a cat on a mat"]
+    torch.testing.assert_close(scorer.embed_texts(texts), oracle_texts(texts), atol=1e-6, rtol=0)
+    assert [len(row) for row in encoded] == [3, 3, 7, 7], "start and end token included"

@@ -73,6 +73,12 @@ def test_epoch_order_is_a_permutation_of_seed_and_epoch_alone():
         epoch_order(3, -1, 0)
 
 
+def test_streams_of_epoch_order_are_different_permutations():
+    first, second = epoch_order(1000, 1, 2), epoch_order(1000, 1, 2, stream=1)
+    assert first != second and sorted(second) == list(range(1000))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.16  # five standard deviations
+
+
 def philox_words(key: list[int], number: int) -> list[int]:
     """Philox4x64-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; NumPy counts from 1."""
     mask, words = 2**64 - 1, []
@@ -171,6 +177,17 @@ def test_labels_of_different_lengths_and_missing_captions():
     assert pad_labels([[[5, 6, 1]]], max_caption_tokens=1).tolist() == [[[1]]]
 
 
+def test_labels_are_as_wide_as_the_next_of_the_widths(rows):
+    batches = run(rows, captions_per_image="all", max_caption_tokens=20)
+    padded = run(rows, captions_per_image="all", max_caption_tokens=20, widths=(4, 12, 17, 20))
+    for narrow, wide in zip(batches, padded, strict=True):
+        longest = narrow["labels"].shape[-1]
+        assert wide["labels"].shape[-1] == min(width for width in (4, 12, 17, 20) if width >= longest)
+        assert torch.equal(wide["labels"][..., :longest], narrow["labels"]) and (wide["labels"][..., longest:] == -100).all()
+    with pytest.raises(ValueError, match="no width for 5 tokens among 2, 4"):
+        pad_labels([[[2, 3, 4, 5, 1]]], 8, (2, 4))
+
+
 def test_long_captions_are_cut_before_eos(rows):
     batch = run(rows, max_caption_tokens=4, captions_per_image="all")[0]
     assert batch["labels"].shape[-1] == 4
@@ -240,6 +257,9 @@ class Store:
             raise BadImage(row.image.name, "truncated", "was cut short")
         return self.known.get(row.id)
 
+    def gather(self, found):
+        return -found
+
 
 def test_features_take_the_place_of_pixels(folder):
     store = Store({f"{name}.png": torch.full((4, 3), float(k)) for k, name in enumerate("abc")})
@@ -248,7 +268,7 @@ def test_features_take_the_place_of_pixels(folder):
     # b.png has no file: that it appears shows that nothing was decoded.
     (batch,) = make_loader(dataset, encode, 8, range(6), ledger=ledger)
     assert batch["ids"] == ["a.png", "b.png", "c.png"]
-    assert batch["features"].shape == (3, 4, 3) and batch["features"][:, 0, 0].tolist() == [0, 1, 2]
+    assert batch["features"].shape == (3, 4, 3) and batch["features"][:, 0, 0].tolist() == [0, -1, -2], "as gathered"
     assert "pixel_values" not in batch
     assert {bad["id"]: bad["reason"] for bad in ledger.to_list()} == {
         "d.png": "truncated",

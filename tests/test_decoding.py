@@ -7,10 +7,14 @@ import signal
 import pytest
 import torch
 
-from captioner import cli, generate
+import lora
+from captioner import checkpoint, cli, generate
+from captioner.decode_weights import choose_precision, int8_obstacle
 from captioner.decoding import RunSettings, Stopped, are_scenes, attend, open_run, until_stopped, weights_hash
 from captioner.report import item_of
 from data import scenes
+
+needs_int8 = pytest.mark.skipif(int8_obstacle(torch.device("cpu")) is not None, reason="no int8 products here")
 
 
 @pytest.fixture
@@ -60,6 +64,32 @@ def test_bf16_memory_decodes(trained):
     memory = opened.encode(batch)
     assert memory.dtype == torch.bfloat16
     assert len(opened.tokenizer.decode(generate.greedy(opened.model, memory))) == 4 and len(attend(opened, batch, ["a", "b", "c", "d"])) == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("int8", marks=needs_int8), "auto"])
+def test_captions_of_every_decode_precision(trained, precision, capsys):
+    opened = open_run(RunSettings(run=str(trained), decode_precision=precision), group=2)
+    assert opened.decode_precision == (choose_precision("auto", opened.device, 8) if precision == "auto" else precision)
+    assert opened.precisions == ("fp32" if opened.decode_precision == "fp32" else f"fp32, decoding in {opened.decode_precision}")
+    batch = next(iter(opened.batches(4)))
+    ids = generate.beam_search(opened.model, opened.encode(batch), num_beams=2)
+    exact = open_run(RunSettings(run=str(trained)))
+    expected = exact.tokenizer.decode(generate.beam_search(exact.model, exact.encode(batch), num_beams=2))
+    assert sum(map(str.__eq__, opened.tokenizer.decode(ids), expected)) >= (4 if precision == "fp32" else 3)
+    assert "stay as they are" not in capsys.readouterr().err
+
+
+def test_layers_that_a_decode_precision_does_not_reach_are_said(trained, monkeypatch, capsys):
+    load = checkpoint.load
+
+    def load_unmerged(*arguments, merge, **options):
+        return load(*arguments, merge=False, **options)
+
+    monkeypatch.setattr(checkpoint, "load", load_unmerged)
+    opened = open_run(RunSettings(run=str(trained), decode_precision="bf16"))
+    layers = sum(isinstance(module, lora.LoRALinear) for module in opened.model.text.modules())
+    assert layers > 0
+    assert f"--decode-precision bf16: {layers} of 23 layers stay as they are (unmerged LoRA, a 4-bit base)\n" in capsys.readouterr().err
 
 
 def test_a_loop_stops_after_the_item_in_hand():

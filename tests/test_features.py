@@ -48,7 +48,8 @@ def test_stored_tokens_are_the_encoders(backbone, rows, tmp_path):
         assert torch.allclose(store.get(row), live(backbone, row), atol=1e-5)
     half = prepared(tmp_path / "cache", backbone, rows, precision="bf16")
     assert half.get(rows[0]).dtype == torch.bfloat16
-    assert torch.equal(half.get(rows[0]), store.get(rows[0]).bfloat16())
+    exact = store.get(rows[0])
+    assert 0 < (half.get(rows[0]).float() - exact).norm() / exact.norm() < 0.01
 
 
 def test_a_second_pass_encodes_nothing_even_under_new_names(backbone, rows, tmp_path, monkeypatch):

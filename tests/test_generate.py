@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 from transformers.modeling_outputs import BaseModelOutput
 
 import lora
-from captioner import cache, generate, sampling, weights
+from captioner import decode_weights, generate, sampling, weights
 from captioner.cache import BeamCache, DecoderCache
 from captioner.t5 import T5, T5Config
 from tests.tiny_t5 import hf_model
@@ -210,8 +210,8 @@ def test_products_of_few_rows(rows):
     x = torch.randn(rows, 24, generator=generator)
     for size in (192, 190):
         weight = torch.randn(size, 24, generator=generator)
-        assert torch.allclose(cache.multiply(x, weight), x @ weight.t(), atol=1e-5)
-        assert torch.allclose(cache.multiply(x, weight.t().contiguous().t()), x @ weight.t(), atol=1e-5)
+        assert torch.allclose(decode_weights.multiply(x, weight), x @ weight.t(), atol=1e-5)
+        assert torch.allclose(decode_weights.multiply(x, weight.t().contiguous().t()), x @ weight.t(), atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["v1.1", "v1.0"])
@@ -231,8 +231,8 @@ def test_prepare_for_decoding_changes_no_value(variant):
         decoder = [*ours.text.decoder.blocks[1].self_attn.parameters(), *ours.text.decoder.blocks[1].mlp.parameters()]
         assert all(parameter.is_contiguous() == (rows != 1) for parameter in decoder)
         for block in ours.text.decoder.blocks:
-            assert cache.Linears(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj).weight is not None
-            assert cache.Linears(*(getattr(block.mlp, name) for name in block.mlp.inputs)).weight is not None
+            assert decode_weights.Linears(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj).one is not None
+            assert decode_weights.Linears(*(getattr(block.mlp, name) for name in block.mlp.inputs)).one is not None
         assert torch.equal(generate.greedy(ours, memory, max_length=9), greedy)
         assert torch.equal(generate.greedy(ours, memory[:1], max_length=9), expected(theirs, memory[:1], num_beams=1, max_length=9))
         assert torch.equal(generate.beam_search(ours, memory, num_beams=4, max_length=9), beam)
@@ -255,11 +255,11 @@ def test_a_prepared_model_can_be_saved_and_trained(tmp_path):
 def test_weights_that_do_not_follow_each_other_are_not_joined():
     whole, columns = torch.randn(30, 8), torch.randn(8, 30).t()
     for weight in (whole, columns):
-        assert torch.equal(cache._joined([weight[:10], weight[10:30]]), weight)
-        assert torch.equal(cache._joined([weight[:10], weight[10:20]]), weight[:20])
-        assert cache._joined([weight[10:30], weight[:10]]) is None
-        assert cache._joined([weight[:10], weight[11:30]]) is None
-        assert cache._joined([weight[:10], torch.randn(20, 8)]) is None
+        assert torch.equal(decode_weights.joined([weight[:10], weight[10:30]]), weight)
+        assert torch.equal(decode_weights.joined([weight[:10], weight[10:20]]), weight[:20])
+        assert decode_weights.joined([weight[10:30], weight[:10]]) is None
+        assert decode_weights.joined([weight[:10], weight[11:30]]) is None
+        assert decode_weights.joined([weight[:10], torch.randn(20, 8)]) is None
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])

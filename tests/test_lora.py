@@ -10,9 +10,8 @@ from torch import nn
 
 import lora
 from captioner.model import Captioner
-from captioner.t5 import T5, T5Config
+from captioner.t5 import T5, T5Config, input_groups
 from lora.adapters import apply_adapters
-from lora.functional import IMPLEMENTATIONS, draw_keep_mask, keep_probability, lora_linear
 from lora.inject import lora_modules
 from lora.layers import LoRALinear
 from lora.quant import quantize_base
@@ -52,132 +51,6 @@ def random_B(model: nn.Module) -> None:
         for name, parameter in lora.adapter_parameters(model).items():
             if name.endswith("lora_B"):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def random_arguments(
-    rows: tuple[int, ...] = (3, 5), d_in=12, d_out=20, rank=4, bias=True, dtype=torch.float32, grad=True
-) -> list:
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(*rows, d_in), (d_out, d_in), (d_out,), (rank, d_in), (d_out, rank)]
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    for index in (0, 3, 4):
-        tensors[index].requires_grad_(grad)
-    if not bias:
-        tensors[2] = None
-    return tensors
-
-
-# ---- the function ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("bias", [False, True])
-def test_gradients_against_finite_differences(implementation, dropout, bias):
-    arguments = random_arguments(bias=bias, dtype=torch.float64)
-    arguments[1].requires_grad_(True)
-    if bias:
-        arguments[2].requires_grad_(True)
-
-    def function(*tensors):
-        torch.manual_seed(3)
-        return lora_linear(*tensors, 0.7, dropout, True, implementation)
-
-    assert torch.autograd.gradcheck(function, arguments)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize(
-    "rows, d_in", [((3, 5), 12), ((7,), 9), ((2, 3, 4), 31), ((700,), 513), ((0, 4), 12), ((1, 1), 1)]
-)
-def test_fused_equals_reference_with_the_same_masks(dtype, tolerance, rows, d_in):
-    results = []
-    for implementation in ("reference", "fused"):
-        arguments = random_arguments(rows, d_in=d_in, dtype=dtype)
-        torch.manual_seed(7)
-        y = lora_linear(*arguments, 0.5, 0.1, True, implementation)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(dtype))
-        results.append([y.detach(), *(arguments[index].grad for index in (0, 3, 4))])
-    for expected, found in zip(*results, strict=True):
-        assert expected.shape == found.shape and expected.dtype == found.dtype
-        scale = expected.float().abs().max().clamp(min=1) if expected.numel() else 1
-        assert ((expected - found).float().abs() <= tolerance * scale).all()
-
-
-def test_non_contiguous_input_and_output_gradient():
-    results = []
-    for implementation in ("reference", "fused"):
-        x, weight, bias, A, B = random_arguments()
-        wide = torch.randn(12, 5, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        torch.manual_seed(7)
-        y = lora_linear(wide.permute(2, 1, 0), weight, bias, A, B, 0.5, 0.1, True, implementation)
-        y.transpose(0, 1).square().sum(0).sum().backward()
-        results.append([y.detach(), wide.grad, A.grad, B.grad])
-    for expected, found in zip(*results, strict=True):
-        assert torch.allclose(expected, found, rtol=1e-5, atol=1e-4)
-
-
-def test_an_input_without_gradient_gets_none_and_the_adapters_still_do():
-    x, weight, bias, A, B = random_arguments()
-    x = x.detach()
-    torch.manual_seed(0)
-    lora_linear(x, weight, bias, A, B, 0.5, 0.1, True).sum().backward()
-    assert x.grad is None and weight.grad is None and A.grad is not None and B.grad is not None
-
-
-def test_dropout_is_off_in_eval_and_on_under_no_grad_in_training():
-    arguments = random_arguments(grad=False)
-    plain = lora_linear(*arguments, 0.5, 0.0, True)
-    assert torch.equal(lora_linear(*arguments, 0.5, 0.5, False), plain)
-    with torch.no_grad():
-        assert not torch.equal(lora_linear(*arguments, 0.5, 0.5, True), plain)
-
-
-# ---- dropout ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
-def test_keep_rate(dropout):
-    torch.manual_seed(0)
-    kept = draw_keep_mask((1000, 999), dropout, torch.device("cpu"))
-    assert set(kept.unique().tolist()) == {-1, 0}
-    # Four standard deviations of the mean of a million draws.
-    assert (kept < 0).double().mean().item() == pytest.approx(
-        1 - dropout, abs=4 * math.sqrt(dropout * (1 - dropout) / 999_000)
-    )
-    assert keep_probability(dropout) == pytest.approx(1 - dropout, abs=2**-16)
-    assert keep_probability(0.1) == 1 - 3277 / 32768
-
-
-def test_every_position_is_dropped_as_often():
-    torch.manual_seed(0)
-    rates = torch.stack([draw_keep_mask((3, 7), 0.1, torch.device("cpu")) for _ in range(4000)]).eq(0).double().mean(0)
-    assert (rates - 0.1).abs().max() < 5 * math.sqrt(0.09 / 4000)
-
-
-def test_masks_of_two_adapters_are_independent():
-    torch.manual_seed(0)
-    first, second = (draw_keep_mask((1000, 1000), 0.1, torch.device("cpu")).eq(0).double() for _ in range(2))
-    assert (first * second).mean().item() == pytest.approx(0.01, abs=5e-4)
-    neighbours = (first[:, 1:] * first[:, :-1]).mean().item()
-    assert neighbours == pytest.approx(0.01, abs=5e-4)
-
-
-def test_manual_seed_fixes_the_masks_and_nothing_else_does():
-    arguments = random_arguments(rows=(64,), grad=False)
-    torch.manual_seed(4)
-    first, second = lora_linear(*arguments, 1.0, 0.5, True), lora_linear(*arguments, 1.0, 0.5, True)
-    torch.manual_seed(4)
-    again = lora_linear(*arguments, 1.0, 0.5, True)
-    assert torch.equal(first, again) and not torch.equal(first, second)
-
-
-def test_the_mean_over_masks_is_the_output_without_dropout():
-    arguments = random_arguments(rows=(2,), dtype=torch.float64, grad=False)
-    torch.manual_seed(0)
-    outputs = torch.stack([lora_linear(*arguments, 0.5, 0.3, True) for _ in range(4000)])
-    error = (outputs.mean(0) - lora_linear(*arguments, 0.5)).abs()
-    assert (error < 5 * outputs.std(0) / math.sqrt(4000)).all()
 
 
 # ---- the layer against peft ------------------------------------------------------------------------------
@@ -656,24 +529,32 @@ def test_a_training_step_moves_the_listed_parameters_and_nothing_else():
     assert moved == set(trainable)
 
 
-def test_the_decoder_with_fused_layers_trains_as_with_the_reference(monkeypatch):
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_the_decoder_with_fused_layers_trains_as_with_the_reference(laid_out):
     gradients = []
-    for implementation in ("reference", "fused"):
-        monkeypatch.setattr(
-            "lora.layers.lora_linear",
-            lambda *arguments, chosen=implementation: lora_linear(*arguments, implementation=chosen),
-        )
+    for kernel in ("reference", "auto"):
+        lora.use_kernel(kernel)
         model = tiny_captioner(dropout=0.1)
         lora.apply_lora(model, generator=torch.Generator().manual_seed(0))
         trainable = lora.set_trainable(model)
         random_B(model)
+        if laid_out and kernel == "auto":
+            lora.lay_out(group for block in model.text.decoder.blocks for group in input_groups(block))
         generator = torch.Generator().manual_seed(1)
         features, labels = torch.randn(2, 4, 24, generator=generator), torch.randint(2, 50, (2, 5), generator=generator)
         torch.manual_seed(11)
+        lora.seed_dropout(model, 2, 3)
         model.train().loss(model.bridge(features), labels)[0].backward()
         gradients.append({name: parameter.grad for name, parameter in trainable.items()})
     for name, expected in gradients[0].items():
         assert torch.allclose(gradients[1][name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), name
+
+
+def test_the_report_of_kernels_counts_layers():
+    model = tiny_captioner()
+    lora.apply_lora(model)
+    (line,) = lora.kernel_report(model, 8, torch.device("cpu"), torch.float32)
+    assert line.startswith(f"fused on {len(lora_modules(model))} layers (CPU")
 
 
 def test_base_weights_train_beside_their_adapters():

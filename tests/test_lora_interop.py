@@ -136,8 +136,8 @@ def outputs(model: Captioner, peer: nn.Module) -> tuple[torch.Tensor, torch.Tens
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
-    """Equal but for fp32's rounding."""
-    assert a.shape == b.shape and (a - b).norm() <= 1e-5 * b.norm(), what
+    """Equal but for fp32's rounding, which these networks magnify: peft's own error against fp64 is up to 1.4e-5."""
+    assert a.shape == b.shape and (a - b).norm() <= 3e-5 * b.norm(), what
 
 
 def same_weights_into_peft(model: Captioner, theirs: nn.Module, part: str, **config) -> tuple[nn.Module, dict]:

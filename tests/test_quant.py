@@ -441,7 +441,7 @@ def test_lora_over_4_bits_is_pefts_over_the_dequantised_weight(shape, bias, devi
         (ours.lora_B.grad, theirs.lora_B["default"].weight.grad),
     ):
         assert_close(a, b, 1e-5)
-    weight, projected, lora_B = ours.parts(x)
+    ((weight, projected, lora_B),) = ours.parts(x, [ours])
     joined = x @ weight.t() + projected @ lora_B.t() + (0 if plain.bias is None else plain.bias.to(device))
     assert_close(joined, y, 1e-5)
 

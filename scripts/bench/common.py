@@ -22,6 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 if str(REPOSITORY) not in sys.path:
     sys.path.insert(0, str(REPOSITORY))
 
+from captioner import cli  # noqa: E402, F401  before torch: it sets how threads wait, for both sides
+
 
 def version(package: str) -> str | None:
     """The installed version of a distribution, or None; nothing is imported."""
@@ -32,17 +34,18 @@ def version(package: str) -> str | None:
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Where and with what the numbers were taken: date, processor, usable cores, load, threads, versions."""
+    """Where and with what the numbers were taken: date, processor, usable cores, load, threads, versions, and the GPU if torch has one."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "threads": os.environ.get("OMP_NUM_THREADS"),
+        "waiting": {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ},
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-    }
+    } | _gpu()
 
 
 def interleave(
@@ -108,6 +111,29 @@ def row(
     }
 
 
+def write_photographs(folder: Path, count: int, split: str = "train") -> str:
+    """A data folder: SPLIT/metadata.jsonl and `count` JPEG files of 500 x 375, as photographs of Flickr usually are; returns what they show.
+
+    The Flickr8k photographs beside the checkout (or $CAPTIONER_SHARED), brought to that size, else drawn scenes.
+    """
+    from PIL import Image
+
+    source = Path(os.environ.get("CAPTIONER_SHARED", REPOSITORY.parent / "shared")) / "flickr8k" / "train"
+    if source.is_dir():
+        lines = (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        rows = [(json.loads(line)["captions"], Image.open(source / json.loads(line)["file_name"])) for line in lines]
+    else:
+        from data import scenes
+
+        rows = [(list(row.captions), row.image.open()) for row in scenes.split("train", count)]
+    (folder / split).mkdir(parents=True)
+    with open(folder / split / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for index, (captions, image) in enumerate(rows):
+            image.convert("RGB").resize((500, 375)).save(folder / split / f"{index}.jpg", quality=90)
+            file.write(json.dumps({"file_name": f"{index}.jpg", "captions": captions}) + "\n")
+    return "Flickr8k photographs" if source.is_dir() else "drawn scenes"
+
+
 def print_table(rows: Sequence[Mapping[str, Any]], file: Any = None) -> None:
     """The rows for people, on stderr unless told otherwise."""
     header = ("id", "what", "ours", "peer", "peer is", "ratio", "range", "must", "dtype", "device")
@@ -122,6 +148,32 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--json", metavar="PATH|-", help="write rows and machine as JSON to a file or stdout (-)")
     return parser
+
+
+def row_parser(description: str, ids: Sequence[str], pairs: int) -> argparse.ArgumentParser:
+    """A parser that also knows --only, --pairs and --threads; for `parse_rows`."""
+    parser = argument_parser(description)
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="ID,ID", help=f"rows, of {', '.join(ids)}")
+    parser.add_argument("--pairs", type=int, default=pairs, metavar="N", help=f"interleaved pairs per row (default {pairs})")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; with 1, CPU seconds are measured")
+    return parser
+
+
+def parse_rows(parser: argparse.ArgumentParser, ids: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a `row_parser`, with torch's threads set; an unknown row is a usage error."""
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only or ()) - set(ids):
+        parser.error(f"no row {', '.join(sorted(unknown))}: choose from {', '.join(ids)}")
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def clock_name(clock: Callable[[], float]) -> str:
+    """What `row` should say of the clock of `interleave`."""
+    return "cpu seconds" if clock is time.process_time else "wall seconds"
 
 
 def report(rows: Sequence[Mapping[str, Any]], json_path: str | None, packages: Iterable[str] = ()) -> None:
@@ -155,6 +207,11 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
         entry["dtype"],
         entry["device"],
     )
+
+
+def _gpu() -> dict[str, str]:
+    torch = sys.modules.get("torch")
+    return {"gpu": torch.cuda.get_device_name()} if torch is not None and torch.cuda.is_available() else {}
 
 
 def _processor() -> str:

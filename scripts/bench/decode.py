@@ -1,12 +1,16 @@
-"""Decoding against transformers' generate, fp32 against fp32 on the CPU.
+"""Decoding of one image or a few on a CPU against transformers' generate and peft.
 
     python scripts/bench/decode.py [--only ID,ID] [--pairs 5] [--threads N] [--json PATH|-]
 
-Flan-T5-base decoder with random weights, 197 image tokens, 20 new tokens: end-of-sequence is made impossible on both sides, so that neither
-stops early. Both get the memory as it is; theirs are plain (merged) weights. Greedy and beam ids are compared before they are timed.
+Flan-T5-base decoder with random weights and LoRA of rank 8 on all its attention and feed-forward layers, 197 image tokens, 20 new tokens:
+end-of-sequence is made impossible on both sides, so that neither stops early. Both get the memory as it is; the LoRA is merged in ours and, but for the
+rows against peft, in theirs. D rows are fp32 against fp32, and greedy and beam ids are compared before they are timed. C4 rows are int8 against
+peft's unmerged fp32 (-peft) and against merged bf16 (-bf16), and bf16 against merged bf16 (-same); the share of tokens that are equal is printed before
+they are timed: with random weights the likeliest tokens are close to each other, so that rounding soon leads to other texts.
 Memory is the growth of the resident set over a loaded, warmed-up process, each side in processes of its own.
 """
 
+import copy
 import ctypes
 import gc
 import json
@@ -14,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,14 +29,49 @@ from torch import Tensor, nn
 from captioner import generate
 from captioner.runtime import PeakMemory, process_memory
 from captioner.t5 import T5, T5Config
-from captioner.weights import t5_to_hf
+from captioner.weights import HF_T5, load_into, t5_to_hf
 
 SIZE, IMAGE_TOKENS, NEW_TOKENS = "flan-t5-base", 197, 20
+RANK, ADAPTED = 8, r"decoder\..*\.(q|k|v|o|wi_0|wi_1|wo)"
 SAMPLING = dict(top_p=0.9, temperature=0.5, top_k=50, repetition_penalty=1.2)
-PEER = "transformers"
-PACKAGES = ("torch", PEER)
-ROWS = {"D1": 1, "D3a": 10, "D3b": 40, "D5": 10}  # that a step decodes
-IDS = (*ROWS, "D4")
+PACKAGES = ("torch", "transformers", "peft")
+
+
+@dataclass
+class Case:
+    """A kind of decoding: what it is called, images, rows that a step decodes, our options and theirs; `drawn` where chance decides."""
+
+    what: str
+    images: int
+    rows: int
+    ours: Callable[..., Tensor]
+    options: dict
+    theirs: dict
+    drawn: bool = False
+
+
+GREEDY = Case("greedy, B=1", 1, 1, generate.greedy, {}, dict(num_beams=1, do_sample=False))
+BEAM = Case("beam 10, B=1", 1, 10, generate.beam_search, dict(num_beams=10), dict(num_beams=10, do_sample=False))
+BEAM_OF_4 = Case("beam 10, B=4", 4, 40, generate.beam_search, dict(num_beams=10), dict(num_beams=10, do_sample=False))
+SAMPLES = Case("10 samples, B=1", 1, 10, generate.sample, dict(n=10, **SAMPLING), dict(num_return_sequences=10, do_sample=True, **SAMPLING), drawn=True)
+
+# By row id: the case, the bar, our precision, their weights.
+TIMED = {
+    "D1": (GREEDY, 1.2, "fp32", "fp32"),
+    "D3a": (BEAM, 1.5, "fp32", "fp32"),
+    "D3b": (BEAM_OF_4, 2.5, "fp32", "fp32"),
+    "D5": (SAMPLES, 1.3, "fp32", "fp32"),
+    "C4-greedy-peft": (GREEDY, 3.5, "int8", "peft"),
+    "C4-greedy-bf16": (GREEDY, 2.0, "int8", "bf16"),
+    "C4-greedy-same": (GREEDY, None, "bf16", "bf16"),
+    "C4-beam-peft": (BEAM, 5.0, "int8", "peft"),
+    "C4-beam-bf16": (BEAM, 2.2, "int8", "bf16"),
+    "C4-beam-same": (BEAM, None, "bf16", "bf16"),
+    "C4-samples-peft": (SAMPLES, 4.0, "int8", "peft"),
+    "C4-samples-bf16": (SAMPLES, 1.8, "int8", "bf16"),
+    "C4-samples-same": (SAMPLES, None, "bf16", "bf16"),
+}
+IDS = (*TIMED, "D4")
 
 
 def build_ours() -> SimpleNamespace:
@@ -67,74 +107,89 @@ def build_peer(model: SimpleNamespace) -> nn.Module:
     return peer.eval().requires_grad_(False)
 
 
-def peer_generate(peer: nn.Module, memory: Tensor, **options) -> Tensor:
-    """Ids of transformers for an image memory."""
+def add_lora(peer: nn.Module) -> nn.Module:
+    """peft's LoRA with random A and B on the peer, which is changed; its `merge_and_unload` gives the merged weights."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(peer, LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.1, target_modules=ADAPTED, task_type="SEQ_2_SEQ_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=1e-3)
+    return adapted.eval().requires_grad_(False)
+
+
+def build_sides(wanted: Collection[str]) -> tuple[SimpleNamespace, dict[str, nn.Module]]:
+    """Ours, and transformers' models by what their weights are (peft, fp32, bf16): the same LoRA, apart or merged; those wanted."""
+    model = build_ours()
+    peft = add_lora(build_peer(model))
+    merged = copy.deepcopy(peft).merge_and_unload()
+    load_into(model.text, {name: tensor for name, tensor in merged.state_dict().items() if not name.startswith("encoder.")}, HF_T5, "the peer")
+    peers = {"peft": lambda: peft.get_base_model(), "fp32": lambda: merged, "bf16": lambda: copy.deepcopy(merged).bfloat16()}
+    return model, {name: build() for name, build in peers.items() if name in wanted}
+
+
+def memory_of(case: Case, width: int) -> Tensor:
+    """Image tokens (B, N, D)."""
+    return torch.randn(4, IMAGE_TOKENS, width, generator=torch.Generator().manual_seed(1))[: case.images]
+
+
+def our_side(case: Case, model: SimpleNamespace) -> Callable[[], Tensor]:
+    """A function that returns our ids (rows, T)."""
+    memory = memory_of(case, model.text.config.d_model)
+    return lambda: case.ours(model, memory, max_new_tokens=NEW_TOKENS, **case.options).view(-1, NEW_TOKENS + 1)
+
+
+def their_side(case: Case, peer: nn.Module) -> Callable[[], Tensor]:
+    """A function that returns the ids of transformers' generate (rows, T)."""
     from transformers.modeling_outputs import BaseModelOutput
 
+    memory = memory_of(case, peer.config.d_model).to(peer.dtype)
     mask = torch.ones(memory.shape[:2], dtype=torch.long)
-    return peer.generate(encoder_outputs=BaseModelOutput(memory), attention_mask=mask, max_new_tokens=NEW_TOKENS, **options)
+    # generate writes into the outputs it is given
+    return lambda: peer.generate(encoder_outputs=BaseModelOutput(memory), attention_mask=mask, max_new_tokens=NEW_TOKENS, **case.theirs)
 
 
-def cases(model: SimpleNamespace, peer: nn.Module | None) -> dict[str, tuple[str, float, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """By row id: what it times, its bar, our side and theirs; each side returns ids."""
-    memory = torch.randn(4, IMAGE_TOKENS, model.text.config.d_model, generator=torch.Generator().manual_seed(1))
-
-    def beam(batch: int):
-        return (
-            lambda: generate.beam_search(model, memory[:batch], num_beams=10, max_new_tokens=NEW_TOKENS),
-            lambda: peer_generate(peer, memory[:batch], num_beams=10, do_sample=False),
-        )
-
-    return {
-        "D1": (
-            "greedy, B=1",
-            1.2,
-            lambda: generate.greedy(model, memory[:1], max_new_tokens=NEW_TOKENS),
-            lambda: peer_generate(peer, memory[:1], num_beams=1, do_sample=False),
-        ),
-        "D3a": ("beam 10, B=1", 1.5, *beam(1)),
-        "D3b": ("beam 10, B=4", 2.5, *beam(4)),
-        "D5": (
-            "10 samples, B=1",
-            1.3,
-            lambda: generate.sample(model, memory[:1], n=10, max_new_tokens=NEW_TOKENS, **SAMPLING)[0],
-            lambda: peer_generate(peer, memory[:1], num_return_sequences=10, do_sample=True, **SAMPLING),
-        ),
-    }
-
-
-def check(id: str, ours: Tensor, theirs: Tensor) -> None:
-    """Raise RuntimeError unless both wrote all tokens and, where nothing is drawn, the same ones."""
+def check(id: str, case: Case, exact: bool, ours: Tensor, theirs: Tensor) -> float | None:
+    """The share of equal tokens, None where they are drawn. Raises RuntimeError unless both wrote all tokens and, where that is to be, the same ones."""
     if ours.shape != theirs.shape or ours.shape[1] != NEW_TOKENS + 1:
         raise RuntimeError(f"{id}: ids of shape {tuple(ours.shape)} here, {tuple(theirs.shape)} there, and not {NEW_TOKENS} tokens on both")
-    if id != "D5" and not torch.equal(ours, theirs):
+    if case.drawn:
+        return None
+    if exact and not torch.equal(ours, theirs):
         raise RuntimeError(f"{id}: the two sides do not write the same tokens")
+    return (ours[:, 1:] == theirs[:, 1:]).float().mean().item()
 
 
 def run(pairs: int = 5, only: Collection[str] | None = None, clock: Callable[[], float] | None = None) -> list[dict]:
     """The rows named, or all. clock defaults to wall time with several threads and to this process's CPU seconds with one."""
     only = IDS if only is None else only
     clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
-    rows = []
-    if set(only) - {"D4"}:
-        model = build_ours()
-        timed = cases(model, build_peer(model))
-        for id, (what, must, ours, theirs) in timed.items():
-            if id in only:
-                generate.prepare_for_decoding(model, rows=ROWS[id])
-                check(id, ours(), theirs())
-                seconds = common.interleave({"ours": ours, "theirs": theirs}, pairs, warmup=0, clock=clock)
-                clock_name = "cpu seconds" if clock is time.process_time else "wall seconds"
-                rows.append(_row(id, what, must, **seconds, threads=torch.get_num_threads(), clock=clock_name))
+    timed, rows = {id: entry for id, entry in TIMED.items() if id in only}, []
+    if timed:
+        model, peers = build_sides({weights for *_, weights in timed.values()})
+        rows = [_timed_row(id, model, peers, pairs, clock) for id in timed]
     if "D4" in only:
         measured = {side: [_memory_of_a_process(side) for _ in range(2)] for side in ("ours", "theirs")}
-        rows.append(_row("D4", "peak memory above the weights, beam 10, B=4", 3.0, **measured, unit="bytes"))
+        rows.append(_row("D4", "peak memory above the weights, beam 10, B=4", "transformers", 3.0, "fp32 vs fp32", **measured, unit="bytes"))
     return rows
 
 
-def _row(id: str, what: str, must: float, **values) -> dict:
+def _timed_row(id: str, model: SimpleNamespace, peers: dict[str, nn.Module], pairs: int, clock: Callable[[], float]) -> dict:
+    case, must, precision, weights = TIMED[id]
+    generate.prepare_for_decoding(model, case.rows, precision)
+    sides = {"ours": our_side(case, model), "theirs": their_side(case, peers[weights])}
+    equal = check(id, case, precision == weights == "fp32", *(side() for side in sides.values()))
+    if equal is not None:
+        print(f"{id}: {equal:.0%} of the tokens are equal", file=sys.stderr)
+    seconds = common.interleave(sides, pairs, warmup=0, clock=clock)
+    peer, dtype = ("peft", "fp32") if weights == "peft" else ("transformers", weights)
+    more = dict(threads=torch.get_num_threads(), clock=common.clock_name(clock), equal_tokens=equal)
+    return _row(id, case.what, peer, must, f"{precision} vs {dtype}", **seconds, **more)
+
+
+def _row(id: str, what: str, peer: str, must: float | None, dtype: str, **values) -> dict:
     what = f"{what}, {SIZE}, {IMAGE_TOKENS} image tokens, {NEW_TOKENS} new"
-    return common.row(id, what, peer=PEER, must=must, dtype="fp32 vs fp32", **values)
+    return common.row(id, what, peer=peer, must=must, dtype=dtype, **values)
 
 
 def _memory_of_a_process(side: str) -> int:
@@ -149,32 +204,25 @@ def _memory_of_a_process(side: str) -> int:
 def memory_growth(side: str) -> int:
     """What `_memory_of_a_process` returns, measured here, on Linux: the resident set's peak in the search less its size before."""
     model = build_ours()
-    peer = build_peer(model) if side == "theirs" else None
-    if peer is not None:
-        model = SimpleNamespace(text=SimpleNamespace(config=model.text.config))
+    if side == "ours":
+        generate.prepare_for_decoding(model, rows=BEAM_OF_4.rows)
+        works = [our_side(case, model) for case in (GREEDY, BEAM_OF_4)]
     else:
-        generate.prepare_for_decoding(model, rows=ROWS["D3b"])
-    work = cases(model, peer)
-    at = 2 if side == "ours" else 3
-    work["D1"][at]()  # what libraries allocate once
+        peer = build_peer(model)
+        del model
+        works = [their_side(case, peer) for case in (GREEDY, BEAM_OF_4)]
+    works[0]()  # what libraries allocate once
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     peak, before = PeakMemory(torch.device("cpu")), process_memory("VmRSS")
-    work["D3b"][at]()
+    works[1]()
     return peak.bytes() - before
 
 
 def main() -> int:
-    parser = common.argument_parser(__doc__.split("\n")[0])
-    parser.add_argument("--only", type=lambda text: text.split(","), metavar="ID,ID", help=f"rows, of {', '.join(IDS)}")
-    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="interleaved pairs per row (default 5)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; with 1, CPU seconds are measured")
+    parser = common.row_parser(__doc__.split("\n")[0], IDS, pairs=5)
     parser.add_argument("--memory-of", choices=("ours", "theirs"), help="print the bytes of one side of D4, measured in this process")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.only or ()) - set(IDS):
-        parser.error(f"no row {', '.join(sorted(unknown))}: choose from {', '.join(IDS)}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = common.parse_rows(parser, IDS)
     if arguments.memory_of:
         print(memory_growth(arguments.memory_of))
         return 0
