@@ -210,7 +210,7 @@ def check(settings: Settings) -> None:
 def main(argv: list[str] | None = None) -> int:
     settings = cli.parse_settings(Settings, argv, __doc__)
     check(settings)
-    run = open_run(settings, max(settings.n, settings.num_beams))
+    run = open_run(settings)  # with no number of rows: --decode-precision auto must not depend on what decides no candidate
     reranker, scorer = load_clips(settings, run)
     directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-best-of-{settings.n}")
     journal = Journal(directory / "candidates.jsonl", candidate_settings(settings, run))

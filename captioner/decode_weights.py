@@ -109,7 +109,7 @@ class Int8Weight:
     """
 
     def __init__(self, weight: Tensor, rows: int | None = None):
-        self.scale, integers = quantize_rows(weight.float())
+        self.scale, integers = quantize_rows(weight.float().contiguous())  # packing reads rows
         self.one_row = rows == 1 and "fbgemm" in torch.backends.quantized.supported_engines
         if self.one_row:
             self.packed = _pack_for_fbgemm(integers, self.scale[:, 0])
@@ -228,7 +228,7 @@ def prepare(text: T5, precision: str, rows: int | None = None) -> StepWeights:
 
 
 def step_weights(text: T5) -> StepWeights:
-    """What `prepare` kept, else the weights as loaded. Raises UserError where the decoder has changed since."""
+    """What `prepare` kept, else the weights as loaded. Raises UserError where the decoder has changed since, but for changes through `.data`."""
     kept = PREPARED.get(text)
     if kept is None:
         return StepWeights(text)

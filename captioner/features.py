@@ -70,21 +70,24 @@ class FeatureStore:
         if not missing:
             return
         module = self.backbone.module.to(device).eval()
+        release_frozen(module)  # an fp32 store wants the encoder as it is
         if self.in_bf16:
             prepare_frozen(module, self.dtype)
         dataset = CaptionDataset([dataclasses.replace(row, id=content) for content, row in missing.items()], self.backbone.transform)
         loader = make_loader(dataset, None, batch_size, range(len(dataset)), workers, ledger=ledger)
         contents, tokens = [], []
-        for batch in progress(loader, f"encoding {len(missing)} images once"):
-            with torch.inference_mode():
-                tokens.append(module(batch["pixel_values"].to(device)).to("cpu", self.dtype))  # (B, N, D)
-            contents += batch["ids"]
-            if len(contents) >= images_per_shard:
+        try:
+            for batch in progress(loader, f"encoding {len(missing)} images once"):
+                with torch.inference_mode():
+                    tokens.append(module(batch["pixel_values"].to(device)).to("cpu", self.dtype))  # (B, N, D)
+                contents += batch["ids"]
+                if len(contents) >= images_per_shard:
+                    self.write_shard(contents, tokens)
+                    contents, tokens = [], []
+            if contents:
                 self.write_shard(contents, tokens)
-                contents, tokens = [], []
-        if contents:
-            self.write_shard(contents, tokens)
-        release_frozen(module)
+        finally:
+            release_frozen(module)
 
     def write_shard(self, contents: list[str], tokens: list[Tensor]) -> None:
         """Add one shard file, then the index that names it."""

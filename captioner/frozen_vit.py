@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner.dropout import Residual
+from captioner.errors import UserError
 from captioner.vit import Block, LayerScale, VisionTransformer
 
 QUICK_GELU_SLOPE = 1.702
@@ -89,13 +90,21 @@ class FrozenTower:
 
     def __init__(self, vision: VisionTransformer, dtype: torch.dtype) -> None:
         self.dtype, self.config = dtype, vision.config
+        self.made_from = [(parameter, version(parameter)) for parameter in vision.parameters()]
         self.embed = FrozenLinear(vision.patch_embed.weight.flatten(1), None, dtype)
         self.class_token = (vision.class_embedding + vision.position_embedding[0]).to(dtype)
         self.positions = vision.position_embedding[1:].to(dtype)
         self.norm_pre = FrozenNorm(vision.norm_pre, dtype) if isinstance(vision.norm_pre, nn.LayerNorm) else lambda x: x
         self.blocks = [FrozenBlock(block, dtype) for block in vision.blocks]
 
+    def __deepcopy__(self, memo: dict) -> None:
+        """oneDNN's layout cannot be copied: a copied tower is plain until it is prepared."""
+
     def __call__(self, pixel_values: Tensor) -> Tensor:
+        if any(version(parameter) != before for parameter, before in self.made_from):
+            raise UserError("the image encoder has changed since prepare_frozen: call it again, or release_frozen")
+        if pixel_values.device != self.positions.device:
+            raise UserError(f"the image encoder was prepared on {self.positions.device}, its images are on {pixel_values.device}")
         # Autocast on a GPU would take every norm back to fp32.
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.tokens(pixel_values)
@@ -117,7 +126,8 @@ class FrozenTower:
 def prepare_frozen(vision: nn.Module, dtype: torch.dtype) -> bool:
     """Let an image tower whose weights no longer change compute in dtype wherever no gradient is asked for; with gradients it stays as it is.
 
-    The tower keeps a second copy of its weights, on the device where they are now, and does not see later changes to them: call it again after one.
+    The tower keeps a second copy of its weights, on the device where they are now. Calling it raises UserError after a change in place of the weights
+    (but for one through `.data`), or for images elsewhere: prepare it again. Copies of the tower are plain.
     Rounding to bf16 happens once, from the weights as they are. Returns False, and does nothing, for a tower that is no plain VisionTransformer:
     a timm trunk, LoRA that is not merged, bottleneck adapters, a 4-bit base.
     """
@@ -126,6 +136,11 @@ def prepare_frozen(vision: nn.Module, dtype: torch.dtype) -> bool:
     with torch.no_grad(), torch.autocast(vision.class_embedding.device.type, enabled=False):
         vision.frozen = FrozenTower(vision, dtype)
     return True
+
+
+def version(parameter: Tensor) -> int:
+    """Counts changes in place; tensors of inference mode can not change."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def release_frozen(vision: nn.Module) -> None:

@@ -24,6 +24,7 @@ SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # Sums may be reordered, as in any matrix product; NaN and infinity are kept.
 FLAGS = "-O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC".split()
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
+WIDEST = 2**14  # columns: some rows of them lie on the stack
 SMALL = 2**17  # elements of masked x below which a second thread costs more than it saves
 
 
@@ -48,8 +49,8 @@ def library() -> ctypes.CDLL:
     if not compiler:
         raise Unavailable("there is no C compiler (cc, gcc or clang)")
     key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, processor_flags()]).encode()).hexdigest()[:16]
-    compiled = cache_directory() / f"lora-{key}.so"
     try:
+        compiled = cache_directory() / f"lora-{key}.so"
         if not compiled.is_file():
             compiled.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:
@@ -59,7 +60,7 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(str(compiled))
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{compiler} does not compile {SOURCE.name}: {(error.stderr.strip().splitlines() or ['no message'])[0]}") from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise Unavailable(f"{SOURCE.name} can not be compiled: {error}") from None
 
 
@@ -75,12 +76,12 @@ def unavailable() -> str | None:
 
 def fits(x: Tensor) -> bool:
     """Whether the C form takes x: on the CPU, in fp32 or bf16, its rows contiguous."""
-    return x.device.type == "cpu" and x.dtype in NAMES and (x.stride(1) == 1 or x.shape[1] == 1) and unavailable() is None
+    return x.device.type == "cpu" and x.dtype in NAMES and x.shape[1] <= WIDEST and (x.stride(1) == 1 or x.shape[1] == 1) and unavailable() is None
 
 
 def project(x: Tensor, A: Tensor, ranks: Sequence[int], keys: Tensor, keep: int, out: Tensor) -> Tensor:
     """(m_i * x) A_i^T side by side in out (M, sum of R): x (M, K), A (sum of R, K) in fp32, one key an adapter; keep = 0: no dropout."""
-    ranks = torch.tensor(ranks)
+    ranks = torch.tensor(ranks, dtype=torch.int64, device="cpu")
     function = getattr(library(), f"project_{NAMES[x.dtype]}")
 
     def work(first: int, last: int) -> None:
@@ -94,13 +95,13 @@ def project_backward(
     dhidden: Tensor, x: Tensor, A: Tensor, ranks: Sequence[int], keys: Tensor, keep: int, dx: Tensor | None, need_A: bool
 ) -> Tensor | None:
     """Adds m_i * (dh_i A_i) of all adapters to dx (M, K) where there is one; returns dA (sum of R, K) in fp32."""
-    ranks = torch.tensor(ranks)
+    ranks = torch.tensor(ranks, dtype=torch.int64, device="cpu")
     function = getattr(library(), f"project_backward_{NAMES[x.dtype]}")
     partial: dict[int, Tensor] = {}
 
     def work(first: int, last: int) -> None:
         if need_A:
-            partial[first] = torch.zeros(A.shape)
+            partial[first] = torch.zeros(A.shape, dtype=torch.float32, device="cpu")
         gradients = *tensors(dhidden, dhidden.stride(0), dx, 0 if dx is None else dx.stride(0)), *tensors(partial.get(first))
         function(*tensors(x, x.stride(0), A, ranks, keys), *integers(len(ranks), x.shape[1], keep), *gradients, *integers(first, last))
 
@@ -120,6 +121,10 @@ def integers(*values: int) -> list[ctypes.c_int64]:
 @functools.cache
 def pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="lora")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not survive a fork
 
 
 def in_threads(work: Callable[[int, int], None], rows: int, elements: int) -> None:

@@ -11,11 +11,13 @@ W and b get a gradient only if they require one. LoRA: arXiv 2106.09685; dropout
 at use, their gradients come back in their own.
 
 Where `lay_out` has put the frozen weights side by side with room for columns of B behind each row, the base product and the update are one product,
-[x | h] [W | B]^T, and so are dx and dh: at most 32 columns more, which costs nothing.
+[x | h] [W | B]^T, and so are dx and dh: at most 32 columns more, which costs nothing. (An infinite h of one adapter makes the others' outputs NaN then.)
+torch.compile sees the Triton form as one operator and breaks its graph at the fused one.
 
 Legend: M rows, K inputs, N outputs, R rank, P columns of room.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -91,7 +93,10 @@ def choose(
     if _kernel == "reference":
         return "reference", "", "as asked for"
     trained = any(tensor is not None and tensor.requires_grad for tensor in (*weights, *biases))
+    rank = max(adapter.A.shape[0] for adapter in adapters)
     why_not = "the base is trained too" if trained else triton_lora.available(x)
+    if why_not is None and rank > triton_lora.MAX_RANK:
+        why_not = f"rank {rank} is above {triton_lora.MAX_RANK}"
     if _kernel == "triton" and why_not is None:
         return "triton", "", "as asked for"
     if _kernel == "triton":
@@ -104,17 +109,26 @@ def choose(
     return kernel_table.choose(torch.cuda.get_device_name(x.device), *shape, rate, x.dtype)
 
 
+def choose_over_4_bits() -> tuple[str, str]:
+    """(implementation, why) of the part before B beside a 4-bit base. Raises ValueError where Triton is asked for, which has no kernel for it."""
+    if _kernel == "triton":
+        raise ValueError("--lora-kernel triton: the base is in 4 bits")
+    return ("reference", "as asked for") if _kernel == "reference" else ("fused", "4-bit base")
+
+
 def lora_linears_reference(x, weights, biases, adapters, rate, state) -> list[Tensor]:
     """The formula in plain PyTorch on rows (M, K), differentiated by autograd."""
-    outputs = []
-    for weight, bias, adapter in zip(weights, biases, adapters, strict=True):
-        dropped = x
-        if rate:
-            kept = keep_fields(adapter_key(state, adapter.stream), 0, *x.shape, rate) < 0
-            dropped = torch.where(kept, x, 0) / keep_probability(rate)
-        update = F.linear(F.linear(dropped, adapter.A.to(x.dtype)), adapter.B.to(x.dtype))
-        outputs.append(F.linear(x, weight, bias) + adapter.scaling * update)
-    return outputs
+    updates = [F.linear(projection_reference(x, adapter, rate, state), adapter.B.to(x.dtype)) for adapter in adapters]
+    return [F.linear(x, weight, bias) + update for weight, bias, update in zip(weights, biases, updates, strict=True)]
+
+
+def projection_reference(x: Tensor, adapter: Adapter, rate: float, state: Tensor | None) -> Tensor:
+    """scale * (m * x) A^T on rows (M, K) → (M, R)."""
+    dropped = x
+    if rate:
+        kept = keep_fields(adapter_key(state, adapter.stream), 0, *x.shape, rate) < 0
+        dropped = torch.where(kept, x, 0) / keep_probability(rate)
+    return adapter.scaling * F.linear(dropped, adapter.A.to(x.dtype))
 
 
 def lora_linears_fused(x, weights, biases, adapters, rate, state) -> list[Tensor]:
@@ -127,11 +141,11 @@ def lora_linears_fused(x, weights, biases, adapters, rate, state) -> list[Tensor
 
 def lora_linears_triton(x, weights, biases, adapters, rate, state, config: str = "") -> list[Tensor]:
     """The same from `triton_lora`: one pass where `lay_out` has put the weights side by side and ranks are equal, else one for each adapter."""
-    room = with_room(weights, 0) if len({adapter.A.shape[0] for adapter in adapters}) == 1 else None
+    room = room_of(weights, 0) if len({adapter.A.shape[0] for adapter in adapters}) == 1 else None
     if room is None and len(adapters) > 1:
         each = zip(weights, biases, adapters)
         return [lora_linears_triton(x, [weight], [bias], [adapter], rate, state)[0] for weight, bias, adapter in each]
-    weight = weights[0] if room is None else room[:, : x.shape[1]]
+    weight = weights[0] if room is None else room.buffer[:, : room.width]
     bias = None
     if any(bias is not None for bias in biases):
         bias = torch.cat([x.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, biases)])
@@ -149,7 +163,7 @@ class Dropout(NamedTuple):
 
     @classmethod
     def of(cls, rate: float, state: Tensor | None, streams: Sequence[int]) -> "Dropout":
-        return cls(rate, adapter_keys(state, streams) if rate else torch.zeros(len(streams), dtype=torch.int64))
+        return cls(rate, adapter_keys(state, streams) if rate else torch.zeros(len(streams), dtype=torch.int64, device="cpu"))
 
     def dropped(self, x: Tensor, index: int, first_row: int) -> tuple[Tensor, Tensor | None]:
         """(m * x, m as integers of x's size that are -1 or 0) of adapter `index`, for some rows x (m, K) of the input."""
@@ -215,8 +229,8 @@ class FusedLoRA(torch.autograd.Function):
         n = len(scales)
         weights, biases, As, Bs = (tensors[start : start + n] for start in range(0, 4 * n, n))
         ranks, sizes = [A.shape[0] for A in As], [weight.shape[0] for weight in weights]
-        room = None if any(ctx.needs_input_grad[3 : 3 + n]) else with_room(weights, sum(ranks))
-        ctx.drop, ctx.scales, ctx.ranks, ctx.sizes, ctx.in_room = drop, scales, ranks, sizes, room is not None
+        room = None if any(ctx.needs_input_grad[3 : 3 + n]) else room_of(weights, sum(ranks))
+        ctx.drop, ctx.scales, ctx.ranks, ctx.in_room = drop, scales, ranks, room is not None
         if room is None:
             hidden = scale_(project(x, As, drop, x.new_empty(x.shape[0], sum(ranks))), ranks, scales)
             outputs = []
@@ -224,12 +238,12 @@ class FusedLoRA(torch.autograd.Function):
                 outputs.append(F.linear(x, weight, bias).addmm_(h, B.to(x.dtype).t()))
             ctx.save_for_backward(x, hidden, *weights, *As, *Bs)
             return tuple(outputs)
-        wide = x.new_empty(x.shape[0], room.shape[1])  # [x | h | 0]
+        wide = x.new_empty(x.shape[0], room.buffer.shape[1])  # [x | h | 0]
         wide[:, : x.shape[1]] = x
         wide[:, x.shape[1] + sum(ranks) :] = 0
         hidden = scale_(project(x, As, drop, wide[:, x.shape[1] : x.shape[1] + sum(ranks)]), ranks, scales)
-        y = F.linear(wide, put_in_room(room, x.shape[1], Bs))
-        outputs = y.split(sizes, dim=1)
+        y = F.linear(wide, room.holding(Bs, writer=ctx))
+        outputs = (y,) if n == 1 else y.split(sizes, dim=1)
         for out, bias in zip(outputs, biases):
             if bias is not None:
                 out += bias
@@ -244,8 +258,9 @@ class FusedLoRA(torch.autograd.Function):
         weights, As, Bs = (tensors[start : start + n] for start in range(0, 3 * n, n))
         need_x, need = ctx.needs_input_grad[0], [ctx.needs_input_grad[3 + k * n : 3 + (k + 1) * n] for k in range(4)]
         dx = None
-        if ctx.in_room and need_x:
-            both = (dys[0] if n == 1 else torch.cat(dys, dim=1)) @ with_room(weights, sum(ctx.ranks))  # B is still there
+        room = room_of(weights, sum(ctx.ranks)) if ctx.in_room and need_x else None  # None where saved tensors were moved away
+        if room is not None:
+            both = (dys[0] if n == 1 else torch.cat(dys, dim=1)) @ room.holding(Bs, writer=ctx)
             dx, dhidden = both[:, : x.shape[1]], both[:, x.shape[1] : x.shape[1] + sum(ctx.ranks)]
         else:
             dhidden = torch.cat([dy @ B.to(dy.dtype) for dy, B in zip(dys, Bs)], dim=1)
@@ -263,36 +278,52 @@ class FusedLoRA(torch.autograd.Function):
         return dx, None, None, *dweights, *dbiases, *dAs, *dBs
 
 
-def with_room(weights: Sequence[Tensor], ranks: int) -> Tensor | None:
-    """The frozen weights (N_i, K) as one (sum of N_i, K + P) if they are all that `lay_out` has put there and P is enough for B of these ranks, else None.
+class Room:
+    """Frozen weights (N_i, K) that read one input, one below the other in a buffer (N, K + P) whose last P columns are free for the Bs."""
 
-    All, since what is written into the room for some of them would be read with the others.
+    def __init__(self, weights: Sequence[torch.nn.Parameter], ranks: int):
+        first = weights[0].data
+        self.width, self.sizes, self.writer = first.shape[1], [weight.shape[0] for weight in weights], None
+        self.buffer = first.new_zeros(sum(self.sizes), self.width + -(-ranks // COLUMNS) * COLUMNS)
+        for weight, rows in zip(weights, self.buffer.split(self.sizes)):
+            rows[:, : self.width] = weight.data
+            weight.data = rows[:, : self.width]
+            weight.room = self
+
+    def is_of(self, weights: Sequence[Tensor], ranks: int) -> bool:
+        """Whether these are all the weights in it, where they were put, and Bs of these ranks fit.
+
+        All, since what is written for some of them would be read with the others.
+        """
+        places = [rows.data_ptr() for rows in self.buffer.split(self.sizes)]
+        return places == [weight.data_ptr() for weight in weights] and self.width + ranks <= self.buffer.shape[1] == weights[0].stride(0)
+
+    def holding(self, Bs: Sequence[Tensor], writer: object) -> Tensor:
+        """The buffer with B_i in the rows of weight i, in columns behind those of the Bs before it, unless writer has put them there last."""
+        if self.writer is None or self.writer() is not writer:
+            columns = self.buffer.new_zeros(self.buffer.shape[0], self.buffer.shape[1] - self.width)
+            row = column = 0
+            for B in Bs:
+                columns[row : row + B.shape[0], column : column + B.shape[1]] = B.detach()
+                row, column = row + B.shape[0], column + B.shape[1]
+            self.buffer[:, self.width :] = columns
+            self.writer = weakref.ref(writer)
+        return self.buffer
+
+
+def room_of(weights: Sequence[Tensor], ranks: int) -> Room | None:
+    """The room that `lay_out` has given to exactly these weights, with columns for Bs of these ranks, else None: a moved or copied model has none."""
+    room = getattr(weights[0], "room", None)
+    return room if room is not None and room.is_of(weights, ranks) else None
+
+
+@torch.no_grad()
+def lay_out(weights: Sequence[torch.nn.Parameter], ranks: int) -> None:
+    """Give frozen weights (N_i, K) that read one input a `Room`; values and parameters stay.
+
+    They share memory from then on: safetensors saves only contiguous copies of them.
     """
-    first = weights[0].detach()
-    stride, width = first.stride(0), first.shape[1]
-    if stride < width + ranks or first.stride(1) != 1:
-        return None
-    rows, storage = 0, first.untyped_storage()
-    for weight in weights:
-        follows = weight.data_ptr() == first.data_ptr() + rows * stride * first.element_size()
-        if not follows or weight.stride() != first.stride() or weight.untyped_storage().data_ptr() != storage.data_ptr():
-            return None
-        rows += weight.shape[0]
-    if first.storage_offset() or storage.nbytes() != rows * stride * first.element_size():
-        return None
-    return first.as_strided((rows, stride), (stride, 1))
-
-
-def put_in_room(room: Tensor, width: int, Bs: Sequence[Tensor]) -> Tensor:
-    """The weights (N, K + P) of that width K with B_i in their room: rows of adapter i, columns behind those of the adapters before it.
-
-    Changes no weight.
-    """
-    row, column = 0, width
-    for B in Bs:
-        room[row : row + B.shape[0], column : column + B.shape[1]] = B.detach()
-        row, column = row + B.shape[0], column + B.shape[1]
-    return room
+    Room(weights, ranks)
 
 
 def scale_(hidden: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> Tensor:
@@ -304,23 +335,17 @@ def scale_(hidden: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> Ten
     return hidden
 
 
-@torch.no_grad()
-def lay_out(weights: Sequence[torch.nn.Parameter], ranks: int) -> None:
-    """Move frozen weights (N_i, K) that read one input into one buffer (sum of N_i, K + P), P columns for `put_in_room`; values and parameters stay."""
-    first = weights[0]
-    buffer = first.new_zeros(sum(weight.shape[0] for weight in weights), first.shape[1] + -(-ranks // COLUMNS) * COLUMNS)
-    for weight, rows in zip(weights, buffer.split([weight.shape[0] for weight in weights])):
-        rows[:, : weight.shape[1]] = weight
-        weight.data = rows[:, : weight.shape[1]]
-
-
 def lora_projections(x: Tensor, adapters: Sequence[Adapter], dropout: float = 0.0, state: Tensor | None = None) -> list[Tensor]:
     """scale_i * (m_i * x) A_i^T: x (..., K) → one (..., R) for each adapter, the part of `lora_linears` before B."""
     rate = 0.0 if state is None else drop_level(dropout) / LEVELS
     scales = tuple(adapter.scaling / keep_probability(rate) for adapter in adapters)
     drop = Dropout.of(rate, state, [adapter.stream for adapter in adapters])
-    outputs = DroppedProjections.apply(x.reshape(-1, x.shape[-1]), drop, scales, *(adapter.A for adapter in adapters))
-    return [hidden.view(*x.shape[:-1], -1) for hidden in outputs]
+    rows = x.reshape(-1, x.shape[-1])
+    if _kernel == "reference":
+        outputs = [projection_reference(rows, adapter, rate, state) for adapter in adapters]
+    else:
+        outputs = DroppedProjections.apply(rows, drop, scales, *(adapter.A for adapter in adapters))
+    return [hidden.view(*x.shape[:-1], adapter.A.shape[0]) for hidden, adapter in zip(outputs, adapters)]
 
 
 class DroppedProjections(torch.autograd.Function):

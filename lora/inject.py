@@ -103,12 +103,14 @@ def replace_linears(
 ) -> list[str]:
     """Wrap exactly the named linears, each with its settings of `LoRALinear`; their names, in module order."""
     ordered = [name for name, _ in model.named_modules() if name in layers]
-    stream = DropoutStream()
-    for number, name in enumerate(ordered):
+    for name in ordered:
         parent, _, child = name.rpartition(".")
         layer = LoRALinear(model.get_submodule(name), generator=generator, **layers[name])
-        layer.stream, layer.stream_number = stream, number
         setattr(model.get_submodule(parent), child, layer)
+    # Numbered over all LoRA of the model: one that is loaded folder by folder draws the masks that it was trained with.
+    stream = DropoutStream()
+    for number, layer in enumerate(lora_modules(model).values()):
+        layer.stream, layer.stream_number = stream, number
     return ordered
 
 
@@ -286,7 +288,7 @@ def kernel_report(model: nn.Module, rows: int, device: torch.device, dtype: torc
     counts: dict[tuple[str, str], int] = {}
     for layer in lora_modules(model).values():
         if isinstance(layer.base, Linear4bit):
-            choice = "fused", "4-bit base"
+            choice = functional.choose_over_4_bits()
         else:
             x = torch.empty((rows, layer.in_features), dtype=dtype, device=device)
             name, _, reason = functional.choose(x, [layer.base.weight], [layer.base.bias], [layer.adapter], layer.dropout)
@@ -300,7 +302,7 @@ def lay_out(groups: Iterable[Sequence[nn.Module]]) -> None:
     layer that is no LoRALinear on a frozen nn.Linear are left alone. Do it after the model is on its device and in its precision.
     """
     for layers in groups:
-        if all(isinstance(layer, LoRALinear) and isinstance(layer.base, nn.Linear) for layer in layers):
+        if all(isinstance(layer, LoRALinear) and isinstance(layer.base, nn.Linear) and not layer.base.weight.requires_grad for layer in layers):
             functional.lay_out([layer.base.weight for layer in layers], sum(layer.rank for layer in layers))
 
 

@@ -71,11 +71,15 @@ class LoRALinear(nn.Module):
     def project(x: Tensor, layers: Sequence["LoRALinear"]) -> list[Tensor]:
         """The outputs of several layers that read the same input, in one pass where they are alike: x (..., in) → (..., out) each."""
         first = layers[0]
-        alike = all(not layer.merged and layer.dropout == first.dropout and not isinstance(layer.base, Linear4bit) for layer in layers)
-        if not alike:
+        if not LoRALinear.alike(layers) or any(layer.merged or isinstance(layer.base, Linear4bit) for layer in layers):
             return [layer(x) for layer in layers]
         weights, biases = [layer.base.weight for layer in layers], [layer.base.bias for layer in layers]
         return lora_linears(x, weights, biases, [layer.adapter for layer in layers], first.dropout, first.dropout_state(x))
+
+    @staticmethod
+    def alike(layers: Sequence["LoRALinear"]) -> bool:
+        """Whether one call can draw the masks of all."""
+        return len({(layer.dropout, layer.training, id(layer.stream)) for layer in layers}) == 1
 
     @staticmethod
     def parts(x: Tensor, layers: Sequence["LoRALinear"]) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
@@ -84,7 +88,7 @@ class LoRALinear(nn.Module):
         While merged, Z and F are None.
         """
         weights = [layer.base.dequantized(x.dtype) if isinstance(layer.base, Linear4bit) else layer.base.weight for layer in layers]
-        if any(layer.merged or layer.dropout != layers[0].dropout for layer in layers):
+        if not LoRALinear.alike(layers) or any(layer.merged for layer in layers):
             return [LoRALinear.parts(x, [layer])[0] for layer in layers] if len(layers) > 1 else [(weights[0], None, None)]
         projections = LoRALinear.projected(x, layers)
         return [(weight, Z, layer.lora_B.to(Z.dtype)) for weight, Z, layer in zip(weights, projections, layers)]

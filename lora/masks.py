@@ -71,14 +71,14 @@ def adapter_keys(state: Tensor, adapters: Sequence[int]) -> Tensor:
     """The keys of several adapters' streams, (n,)."""
     if state.device.type == "cpu":
         start = int(state)
-        return torch.tensor([mix(start + (adapter + 1) * GOLDEN_RATIO) for adapter in adapters])
+        return torch.tensor([mix(start + (adapter + 1) * GOLDEN_RATIO) for adapter in adapters], dtype=torch.int64, device="cpu")
     return torch.cat([adapter_key(state, adapter) for adapter in adapters])
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(8)
 def cpu_counters(count: int) -> Tensor:
     """The products of G with 0, 1, ... count - 1, kept: on a CPU they cost as much as the hash."""
-    return torch.arange(count) * GOLDEN_RATIO
+    return torch.arange(count, device="cpu") * GOLDEN_RATIO
 
 
 def keep_fields(key: Tensor, first_row: int, rows: int, columns: int, rate: float) -> Tensor:

@@ -135,6 +135,9 @@ def make_plan(
     measured = json.loads(config) if config else {}
     if unknown := set(measured) - set(settings):
         raise ValueError(f"no kernel {', '.join(sorted(unknown))} in the launch settings: choose from {', '.join(settings)}")
+    gradient = (settings | measured)["A_gradient"]
+    if gradient["ROWS"] % gradient["BLOCK_M"]:
+        raise ValueError(f"A_gradient: ROWS {gradient['ROWS']} is no multiple of BLOCK_M {gradient['BLOCK_M']}")
     return Plan(
         rank,
         max(sizes),

@@ -92,6 +92,12 @@ def test_a_rows_product_does_not_depend_on_the_others_and_errs_no_more_than_roun
 
 
 @needs_int8
+@pytest.mark.parametrize("rows", [1, 6])
+def test_weights_stored_by_column_give_the_same(rows):
+    weight, x = random(48, 64), random(rows, 64, seed=1)
+    assert torch.equal(Int8Weight(weight.t().contiguous().t(), rows)(x), Int8Weight(weight, rows)(x))
+
+
 def test_rows_and_outputs_of_zeros_give_zeros():
     x, weight = random(3, 64), random(48, 64, seed=1)
     x[1], weight[5] = 0, 0

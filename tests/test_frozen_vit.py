@@ -1,10 +1,13 @@
 """The frozen form of the image tower against open_clip's VisionTransformer, and which towers it leaves alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lora
+from captioner.errors import UserError
 from captioner.frozen_vit import prepare_frozen, release_frozen
 from captioner.model import Captioner
 from captioner.t5 import T5, T5Config
@@ -111,3 +114,15 @@ def test_a_tower_with_something_added_stays_as_it_is(add):
         lora.apply_adapters(model, ("ffn",), ("vision",), 4, "houlsby", "a")
     assert not prepare_frozen(ours, torch.bfloat16) and ours.frozen is None
     assert not prepare_frozen(nn.Linear(2, 2), torch.bfloat16)
+
+
+def test_a_tower_that_has_changed_is_refused_and_copies_are_plain():
+    _, ours = towers("gelu")
+    prepare_frozen(ours, torch.bfloat16)
+    with torch.no_grad():
+        assert copy.deepcopy(ours)(pixels()).dtype == torch.float32
+        ours.class_embedding.mul_(2)
+        with pytest.raises(UserError, match="has changed since prepare_frozen"):
+            ours(pixels())
+        prepare_frozen(ours, torch.bfloat16)
+        ours(pixels())

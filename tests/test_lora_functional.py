@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import lora
 from lora import cpu, functional
-from lora.functional import Adapter, lay_out, lora_linear, lora_linears, lora_projections, with_room
+from lora.functional import Adapter, lay_out, lora_linear, lora_linears, lora_projections, room_of
 from lora.masks import adapter_key, keep_fields, keep_probability, stream_state
 
 FORMS = ("library", "C")  # of the dropped projection inside the fused form
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(form, room, dtype, toler
     references = expected(*arguments, rate, state())
     if room:
         lay_out(arguments[1], len(sizes) * rank)
-        assert with_room(arguments[1], len(sizes) * rank) is not None
+        assert room_of(arguments[1], len(sizes) * rank) is not None
     results = found(*arguments, rate, state(), implementation="fused")
     assert_near(results, references, tolerance)
     assert all(adapter.A.grad.dtype == adapter.A.dtype and adapter.B.grad.dtype == adapter.B.dtype for adapter in arguments[3])
@@ -155,6 +155,59 @@ def test_layers_of_a_group_computed_alone_leave_its_room_alone():
     again = lora_linears(x, weights, biases, adapters)
     assert all(torch.equal(a, b) for a, b in zip(together, again))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(together, alone))
+
+
+def test_another_pass_or_another_rank_before_the_backward_pass_does_no_harm():
+    x, weights, biases, adapters, dys = problem((40, 16), bias=False)
+    others = problem((40, 16), bias=False, rank=3)[3]
+    references = expected(x, weights, biases, adapters, dys, 0.1, state())
+    lay_out(weights, 16)
+    outputs = lora_linears(x, weights, biases, adapters, 0.1, state())
+    with torch.no_grad():
+        lora_linears(x, weights, biases, adapters)
+    other = lora_linears(x, weights, biases, others)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(other, lora_linears(x, weights, biases, others, implementation="reference")))
+    torch.autograd.backward(outputs, dys)
+    assert_near([x.grad, *(a.A.grad for a in adapters), *(a.B.grad for a in adapters)], references[2:], 1e-5)
+
+
+def test_saved_tensors_that_are_copies_give_the_same_gradients():
+    arguments = problem((40, 16), bias=False)
+    references = expected(*arguments, 0.1, state())
+    lay_out(arguments[1], 16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        assert_near(found(*arguments, 0.1, state()), references, 1e-5)
+
+
+def test_memory_that_is_nobodys_room_is_left_alone():
+    x, _, biases, adapters, _ = problem((8,), bias=False, inputs=64)
+    wide = torch.randn(8, 128)
+    weight = torch.nn.Parameter(wide[:, :64], requires_grad=False)
+    before = wide.clone()
+    lora_linears(x, [weight], biases, adapters)
+    assert torch.equal(wide, before)
+
+
+def test_an_output_may_be_changed_in_place():
+    x, weights, biases, adapters, _ = problem((8,))
+    lay_out(weights, 8)
+    lora_linear(x, weights[0], biases[0], adapters[0]).relu_().sum().backward()
+
+
+def test_default_dtypes_of_the_caller_do_not_matter(form):
+    arguments = problem()
+    references = expected(*arguments, 0.1, state())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_near(found(*arguments, 0.1, state()), references, 1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_very_wide_inputs(form):
+    arguments = problem((4,), (3,), 40_000, rank=2)
+    references = expected(*arguments, 0.1, state())
+    assert_near(found(*arguments, 0.1, state()), references, 1e-5)
 
 
 def test_laying_out_changes_no_value():
@@ -235,6 +288,14 @@ def test_a_kernel_that_can_not_be_had_is_an_error(kernel, monkeypatch):
         chosen()
     with pytest.raises(ValueError, match="unknown LoRA kernel 'fast': one of auto, triton, reference"):
         kernel("fast")
+
+
+def test_ranks_beyond_the_kernels_are_an_error(kernel, monkeypatch):
+    kernel("triton")
+    monkeypatch.setattr(functional.triton_lora, "available", lambda x: None)
+    x, weights, biases, adapters, _ = problem((4,), (2,), 80, rank=65)
+    with pytest.raises(ValueError, match="--lora-kernel triton: rank 65 is above 64"):
+        functional.choose(x, weights, biases, adapters, 0.1)
 
 
 # ---- the C form ------------------------------------------------------------------------------------------

@@ -118,3 +118,12 @@ def test_recomputing_a_block_draws_the_same_masks():
             y.square().sum().backward()
             gradients.append(x.grad)
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[2], gradients[3]) and not torch.equal(gradients[0], gradients[2])
+
+
+def test_layers_in_different_modes_are_computed_each_in_its_own():
+    model = two_layers().train()
+    q, k, x = model.text.decoder["q_proj"], model.text.decoder["k_proj"], torch.ones(4, 64)
+    k.eval()
+    lora.seed_dropout(model, 1, 1)
+    together = lora.LoRALinear.project(x, [q, k])
+    assert torch.equal(together[0], q(x)) and torch.equal(together[1], k(x))

@@ -41,11 +41,12 @@ def test_texts_are_embedded_once_in_pieces():
         def embed_texts(self, texts, prompt):
             self.pieces.append(list(texts))
 
-    texts = [f"caption {number}" for number in range(300)]
+    texts = [f"caption {number:04}" for number in range(1100)]
     descriptions = []
-    scoring.embed_captions(Scorer(), texts + texts[:50], lambda items, description: descriptions.append(description) or items)
-    assert [len(piece) for piece in Scorer.pieces] == [256, 44] and sum(Scorer.pieces, []) == texts
-    assert descriptions == ["embedding 300 captions for Tiny"]
+    scoring.embed_captions(Scorer(), [*texts[1:], *texts[:50], "short"], lambda items, description: descriptions.append(description) or items)
+    assert [len(piece) for piece in Scorer.pieces] == [1024, 77]
+    assert sum(Scorer.pieces, []) == ["short", *texts[1:], texts[0]], "those of like length share a batch"
+    assert descriptions == ["embedding 1101 captions for Tiny"]
 
 
 def test_corpus_scores_are_shown_with_scorer_and_cut_texts():

@@ -3,8 +3,9 @@
     python scripts/bench/all.py [--only ID,ID] [--list] [--json PATH|-]
 
 Every script beside this one that has a tuple `IDS` is a benchmark: its `run(only=...)`, or `run()`, returns rows with those ids. A row that cannot be
-measured (its peer is not installed, the two sides disagree) is an error line; the others still run. Rows that need a GPU are left out where there is none,
-unless they are named. A row that misses its bar is marked MISSED in the table, and is no error.
+measured (its peer is not installed, the two sides disagree) is an error line; the others still run, one at a time where the rows of a script failed
+together. Rows that need a GPU are left out where there is none, unless they are named. A row that misses its bar is marked MISSED in the table, and is no
+error. The JSON file is written anew after every script, so that a run that is killed leaves the rows of the scripts that were done.
 
 Exit codes: 0 done, 1 some row was not measured, 2 usage, such as a row that no script has.
 """
@@ -51,9 +52,15 @@ def measure(bench: ModuleType, asked: list[str], named: bool) -> tuple[list[dict
     except Exception as error:
         if NEEDS_CUDA in str(error) and not named:
             return [], {}
-        return [], {id: one_line(error) for id in asked}
-    done = {row["id"] for row in rows}
-    return rows, {id: f"left out by {bench.__name__}.py, see above" for id in asked if id not in done}
+        reason = one_line(error)
+    else:
+        done = {row["id"] for row in rows}
+        return rows, {id: f"left out by {bench.__name__}.py, see above" for id in asked if id not in done}
+    gc.collect()  # what the error's frames held
+    if not options or len(asked) == 1:
+        return [], {id: reason for id in asked}
+    alone = [measure(bench, [id], named) for id in asked]
+    return [row for rows, _ in alone for row in rows], {id: reason for _, errors in alone for id, reason in errors.items()}
 
 
 def has_cuda() -> bool:
@@ -88,6 +95,8 @@ def main() -> int:
         measured, failed = measure(bench, asked, named=arguments.only is not None)
         rows += measured
         errors |= failed
+        if arguments.json not in (None, "-"):
+            common.write_json(rows, arguments.json, common.environment(PACKAGES))
         gc.collect()
     common.report(rows, arguments.json, PACKAGES)
     for name, reason in errors.items():
@@ -96,4 +105,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)

@@ -138,6 +138,8 @@ def peer_step(folder: Path, compiled: bool) -> None:
 
 def run(starts: int = 3, only: Collection[str] | None = None, threads: int | None = None, compiled: bool = False) -> list[dict]:
     """The rows named, or both; the two sides' processes alternate."""
+    from captioner.runtime import choose_device, choose_precision
+
     only = IDS if only is None else only
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -148,16 +150,18 @@ def run(starts: int = 3, only: Collection[str] | None = None, threads: int | Non
             if "X1-peft" in only:
                 theirs.append(start_peer(folder, threads, compiled))
     wall, cpu = zip(*ours)
-    facts = {"threads": threads, "clock": "wall seconds", "our_cpu_seconds": min(cpu)}
+    device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    facts = {"device": device.type, "threads": threads, "clock": "wall seconds", "our_cpu_seconds": min(cpu)}
     rows = []
     if "X1" in only:
         what = "from the start of train.py to the end of step 1, base"
-        rows.append(common.row("X1", what, ours=wall, theirs=[LIMIT] * len(wall), peer="limit", peer_version=f"{LIMIT:g} s", must=1.0, dtype="bf16", **facts))
+        rows.append(common.row("X1", what, ours=wall, theirs=[LIMIT] * len(wall), peer="limit", peer_version=f"{LIMIT:g} s", must=1.0, dtype=precision, **facts))
     if "X1-peft" in only:
         what = f"the same; theirs without evaluation{', compiled' if compiled else ''}"
         their_wall, their_cpu = zip(*theirs)
         facts["peer_cpu_seconds"] = min(their_cpu)
-        rows.append(common.row("X1-peft", what, ours=wall, theirs=their_wall, peer="peft", must=None, dtype="bf16 vs bf16", **facts))
+        rows.append(common.row("X1-peft", what, ours=wall, theirs=their_wall, peer="peft", must=None, dtype=f"{precision} vs bf16", **facts))
     return rows
 
 
@@ -180,4 +184,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)

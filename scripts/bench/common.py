@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 if str(REPOSITORY) not in sys.path:
     sys.path.insert(0, str(REPOSITORY))
 
 from captioner import cli  # noqa: E402, F401  before torch: it sets how threads wait, for both sides
+from captioner.errors import UserError  # noqa: E402
 
 
 def version(package: str) -> str | None:
@@ -146,8 +147,25 @@ def print_table(rows: Sequence[Mapping[str, Any]], file: Any = None) -> None:
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser that already knows --json."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--json", metavar="PATH|-", help="write rows and machine as JSON to a file or stdout (-)")
+    parser.add_argument("--json", type=json_path, metavar="PATH|-", help="write rows and machine as JSON to a file or stdout (-)")
     return parser
+
+
+def json_path(text: str) -> str:
+    """The argument of --json, refused before anything is measured where its folder is missing."""
+    if text != "-" and not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{Path(text).parent} is not a folder")
+    return text
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """End the process with main's exit code; where a row cannot be measured, with one line on stderr and exit code 1."""
+    try:
+        code = main()
+    except (RuntimeError, UserError, ImportError) as error:
+        print(f"error: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
 
 
 def row_parser(description: str, ids: Sequence[str], pairs: int) -> argparse.ArgumentParser:
@@ -182,8 +200,12 @@ def report(rows: Sequence[Mapping[str, Any]], json_path: str | None, packages: I
     machine = f"{where['processor']}, {where['cores']} cores, load {where['load']}"
     print(f"{where['date']}  {machine}  {where['versions']}", file=sys.stderr)
     print_table(rows)
-    if json_path is None:
-        return
+    if json_path is not None:
+        write_json(rows, json_path, where)
+
+
+def write_json(rows: Sequence[Mapping[str, Any]], json_path: str, where: Mapping[str, Any]) -> None:
+    """`{"environment": …, "rows": […]}` to a file, or - for stdout; `where` is what `environment` returned."""
     text = json.dumps({"environment": where, "rows": list(rows)}, indent=2) + "\n"
     if json_path == "-":
         sys.stdout.write(text)

@@ -95,6 +95,7 @@ def sides(device: torch.device, wanted: Collection[tuple[str, torch.dtype]]) -> 
 
 def check(encoders: dict[tuple[str, torch.dtype], nn.Module], pixels: Tensor) -> dict[str, float]:
     """Relative errors of the tokens against transformers in fp32, by side; raises RuntimeError where ours are too far off."""
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is TF32 for convolutions, such as transformers' in fp32
     expected = encoders["transformers", FP32](pixels)
     errors = {}
     for (package, dtype), encoder in encoders.items():
@@ -162,4 +163,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)

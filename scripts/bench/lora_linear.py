@@ -2,10 +2,11 @@
 
     python scripts/bench/lora_linear.py [--only K1,K3] [--pairs 21] [--json PATH|-]
 
-Rank 8, dropout 0.1, x in bf16. K1 is a forward pass, K2 forward and backward in eager mode (wall time, launches included), K3 forward and backward of
-the cross-attention's keys and values, which share their input; K6 is what LoRA costs beside the frozen linear alone, whose backward pass is
-dx = dy W. Except K2, all are GPU time of replayed CUDA graphs that hold COPIES passes each. `bf16` adapters are bf16 on both sides; `fp32 in bf16`
-is peft's default, fp32 adapters beside a bf16 base, against our fp32 A and B.
+Rank 8, dropout 0.1, x in bf16. K1 is a forward pass, K2 forward and backward of the modules in eager mode (wall time, launches included), K3 forward and
+backward of the cross-attention's keys and values, which share their input; K6 is what the kernels cost, given A and B of all adapters side by side, beside
+the frozen linear alone, whose backward pass is dx = dy W. Except K2, all are GPU time of replayed CUDA graphs that hold COPIES passes each. Against peft,
+ours is what a model calls, with A, B, weight, bias and dy of each adapter apart. "bf16" adapters are bf16 on both sides; "bf16 with fp32 adapters" is
+peft's default, fp32 adapters beside a bf16 base, and the same in ours.
 
 Before anything is timed, results without dropout are compared with fp32 on both sides, and ours with dropout against the reference of
 `lora.functional`, which draws the same masks.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lora
 from lora import functional, kernel_table, masks, triton_lora
 
 IDS = ("K1", "K2", "K2b", "K3", "K3b", "K6", "K6b", "K6c", "K6d")
@@ -64,39 +66,74 @@ def paired_seconds(functions: dict[str, Callable[[], object]], pairs: int, graph
 
 
 class Ours:
-    """The adapters of one input on the Triton kernels."""
+    """The adapters of one input, each with its own frozen weight and bias as a model holds them, on the Triton kernels."""
 
     def __init__(self, shape: tuple[int, int, Sequence[int]], adapter_dtype, device: str = "cuda", dtype=torch.bfloat16, rank: int = RANK):
         (M, K, self.sizes), self.rank = shape, rank
-        N, n = sum(self.sizes), len(self.sizes)
-        self.x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
-        self.dy = torch.randn(M, N, device=device, dtype=dtype)
-        self.weight, self.bias = (torch.randn(size, device=device, dtype=dtype) / K**0.5 for size in ((N, K), (N,)))
-        self.A = (torch.randn(n * rank, K, device=device) / K**0.5).to(adapter_dtype).requires_grad_()
-        self.B = (torch.randn(N, rank, device=device) / rank**0.5).to(adapter_dtype).requires_grad_()
-        self.state = torch.tensor([masks.stream_state(1, 1)], device=device)
-        self.scaling, self.streams = ALPHA / rank**0.5, list(range(n))
+        options = dict(device=device, dtype=dtype)
+        self.x = torch.randn(M, K, requires_grad=True, **options)
+        self.dys = [torch.randn(M, size, **options) for size in self.sizes]
+        self.weights = [nn.Parameter(torch.randn(size, K, **options) / K**0.5, requires_grad=False) for size in self.sizes]
+        self.biases = [torch.randn(size, **options) / K**0.5 for size in self.sizes]
+        functional.lay_out(self.weights, rank * len(self.sizes))
+        self.As = [(torch.randn(rank, K, device=device) / K**0.5).to(adapter_dtype).requires_grad_() for _ in self.sizes]
+        self.Bs = [(torch.randn(size, rank, device=device) / rank**0.5).to(adapter_dtype).requires_grad_() for size in self.sizes]
+        self.scaling, self.streams = ALPHA / rank**0.5, list(range(len(self.sizes)))
+        self.step_state = torch.tensor([masks.stream_state(1, 1)], device=device)
         name = torch.cuda.get_device_name() if device == "cuda" else device
-        _, self.config, self.reason = kernel_table.choose(name, M, K, N, n, rank, DROPOUT, dtype)
+        _, self.config, self.reason = kernel_table.choose(name, M, K, sum(self.sizes), len(self.sizes), rank, DROPOUT, dtype)
+        self.train()
+
+    def train(self, mode: bool = True) -> None:
+        """With dropout, or without."""
+        self.rate = masks.drop_level(DROPOUT) / masks.LEVELS if mode else 0.0
+        self.state = self.step_state if mode else None
 
     @property
-    def trained(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.x, self.A, self.B
+    def trained(self) -> list[Tensor]:
+        return [self.x, *self.As, *self.Bs]
 
-    def forward(self, dropout: float = DROPOUT) -> Tensor:
-        """y (M, N)."""
-        scales = [self.scaling / masks.keep_probability(dropout)] * len(self.sizes)
-        state = self.state if dropout else None
-        return triton_lora.lora_linears(self.x, self.weight, self.bias, self.A, self.B, scales, self.sizes, dropout, state, self.streams, self.config)
+    def outputs(self) -> list[Tensor]:
+        """The y_i (M, N_i), by the function that LoRA layers call."""
+        return self.outputs_of("triton", config=self.config)
 
-    def reference(self, dropout: float) -> list[Tensor]:
-        """y, dx, dA, dB in fp32 by autograd."""
-        x, A, B = (tensor.detach().float().requires_grad_() for tensor in self.trained)
-        parts = zip(A.split(self.rank), B.split(list(self.sizes)), self.streams, strict=True)
-        adapters = [functional.Adapter(a, b, self.scaling, stream) for a, b, stream in parts]
-        weights, biases = (tensor.float().split(list(self.sizes)) for tensor in (self.weight, self.bias))
-        y = torch.cat(functional.lora_linears(x, weights, biases, adapters, dropout, self.state if dropout else None, "reference"), dim=1)
-        return [y.detach(), *torch.autograd.grad(y, (x, A, B), self.dy.float())]
+    def outputs_of(self, implementation: str, **options) -> list[Tensor]:
+        """The y_i (M, N_i) by a key of `functional.IMPLEMENTATIONS`."""
+        adapters = [functional.Adapter(A, B, self.scaling, stream) for A, B, stream in zip(self.As, self.Bs, self.streams)]
+        return functional.IMPLEMENTATIONS[implementation](self.x, self.weights, self.biases, adapters, self.rate, self.state, **options)
+
+    def reference(self) -> list[Tensor]:
+        """The y_i, dx, dA_i and dB_i in fp32 by autograd."""
+        x, *AB = (tensor.detach().float().requires_grad_() for tensor in self.trained)
+        adapters = [functional.Adapter(A, B, self.scaling, stream) for A, B, stream in zip(AB, AB[len(self.sizes) :], self.streams)]
+        weights, biases = ([tensor.float() for tensor in tensors] for tensors in (self.weights, self.biases))
+        ys = functional.IMPLEMENTATIONS["reference"](x, weights, biases, adapters, self.rate, self.state)
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [x, *AB], [dy.float() for dy in self.dys])]
+
+
+class Layers(Ours):
+    """The same as the `LoRALinear` modules of a model, whose calls are part of the time in eager mode."""
+
+    def __init__(self, shape: tuple[int, int, Sequence[int]], adapter_dtype):
+        super().__init__(shape, adapter_dtype)
+        bases = [nn.utils.skip_init(nn.Linear, shape[1], size, device=self.x.device, dtype=self.x.dtype) for size in self.sizes]
+        self.layers = [lora.LoRALinear(base, RANK, ALPHA, DROPOUT) for base in bases]
+        for index, layer in enumerate(self.layers):
+            layer.base.weight.data, layer.base.bias.data = self.weights[index].contiguous(), self.biases[index]
+            layer.lora_A.data, layer.lora_B.data = self.As[index].detach(), self.Bs[index].detach()
+            layer.stream, layer.stream_number = self.layers[0].stream, index
+        self.layers[0].stream.seed(1, 1)
+        lora.lay_out([self.layers])
+        self.As, self.Bs = [layer.lora_A for layer in self.layers], [layer.lora_B for layer in self.layers]
+        self.reason = "default settings"
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        for layer in getattr(self, "layers", ()):
+            layer.train(mode)
+
+    def outputs(self) -> list[Tensor]:
+        return [self.layers[0](self.x)] if len(self.layers) == 1 else lora.LoRALinear.project(self.x, self.layers)
 
 
 class Peft(nn.Module):
@@ -111,37 +148,30 @@ class Peft(nn.Module):
         names = [str(index) for index in range(len(layers))]
         settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, use_rslora=True, target_modules=names)
         peft.inject_adapter_in_model(settings, layers)
-        rows = zip(layers, *(tensor.split(list(ours.sizes)) for tensor in (ours.weight, ours.bias, ours.B)), ours.A.split(RANK))
         with torch.no_grad():
-            for layer, weight, bias, B, A in rows:
+            for layer, weight, bias, A, B in zip(layers, ours.weights, ours.biases, ours.As, ours.Bs):
                 layer.base_layer.weight.copy_(weight)
                 layer.base_layer.bias.copy_(bias)
                 layer.lora_A.default.weight.copy_(A)
                 layer.lora_B.default.weight.copy_(B)
                 for adapter in (layer.lora_A, layer.lora_B):
                     adapter.to(torch.float32 if default_dtype else ours.x.dtype)
-        self.layers = layers
-
-    @property
-    def trained(self) -> list[Tensor]:
-        return [self.ours.x, *(parameter for parameter in self.layers.parameters() if parameter.requires_grad)]
-
-    def forward(self) -> Tensor:
-        """y (M, N)."""
-        outputs = [layer(self.ours.x) for layer in self.layers]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        self.layers, self.dys = layers, ours.dys
+        self.trained = [ours.x, *(layer.lora_A.default.weight for layer in layers), *(layer.lora_B.default.weight for layer in layers)]
 
     def outputs(self) -> list[Tensor]:
-        """The y_i (M, N_i), as a model would use them."""
+        """The y_i (M, N_i)."""
         return [layer(self.ours.x) for layer in self.layers]
 
 
 def gradients_of(side: Ours | Peft) -> Callable[[], object]:
     """A forward and backward pass."""
-    if isinstance(side, Ours):
-        return lambda: torch.autograd.grad(side.forward(), side.trained, side.dy)
-    dys = [part.contiguous() for part in side.ours.dy.split(list(side.ours.sizes), dim=1)]
-    return lambda: torch.autograd.grad(side.outputs(), side.trained, dys)
+    return lambda: torch.autograd.grad(side.outputs(), side.trained, side.dys)
+
+
+def results(ys: Sequence[Tensor], trained: Sequence[Tensor], dys: Sequence[Tensor]) -> list[Tensor]:
+    """The y_i and the gradients of what is trained."""
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, trained, dys)]
 
 
 def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -152,15 +182,15 @@ def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def check(id: str, ours: Ours, peer: Peft | None) -> dict[str, float]:
     """The errors of both sides against fp32, without dropout, and of ours with it. Raises RuntimeError where one is not that of bf16."""
     errors = {}
-    for name, dropout in (("ours", 0.0), ("ours with dropout", DROPOUT)):
-        y = ours.forward(dropout)
-        errors[name] = largest_error([y.detach(), *torch.autograd.grad(y, ours.trained, ours.dy)], ours.reference(dropout))
+    ours.train(False)
+    expected = ours.reference()
+    errors["ours"] = largest_error(results(ours.outputs(), ours.trained, ours.dys), expected)
     if peer is not None:
         peer.eval()
-        y = peer()
-        dx = torch.autograd.grad(y, [ours.x], ours.dy)[0]
-        errors["peer"] = largest_error([y.detach(), dx], ours.reference(0.0)[:2])
+        errors["peer"] = largest_error(results(peer.outputs(), [ours.x], ours.dys), expected[: len(ours.sizes) + 1])
         peer.train()
+    ours.train()
+    errors["ours with dropout"] = largest_error(results(ours.outputs(), ours.trained, ours.dys), ours.reference())
     if bad := {name: error for name, error in errors.items() if not error < WORST_ERROR}:
         raise RuntimeError(f"{id}: results differ from fp32 by {bad}")
     return errors
@@ -169,16 +199,16 @@ def check(id: str, ours: Ours, peer: Peft | None) -> dict[str, float]:
 def against_peft(id: str, must: float | None, shape: tuple, default_dtype: bool, backward: bool, graph: bool, pairs: int) -> dict:
     """One row: a pass of ours against peft's."""
     torch.manual_seed(0)
-    ours = Ours(shape, torch.float32 if default_dtype else torch.bfloat16)
+    ours = (Ours if graph else Layers)(shape, torch.float32 if default_dtype else torch.bfloat16)
     peer = Peft(ours, default_dtype)
     errors = check(id, ours, peer)
     if backward:
         functions = {"ours": gradients_of(ours), "peer": gradients_of(peer)}
     else:
-        functions = {"ours": ours.forward, "peer": peer.outputs}
+        functions = {"ours": ours.outputs, "peer": peer.outputs}
     seconds = paired_seconds(functions, pairs, graph)
-    adapters = "fp32 in bf16" if default_dtype else "bf16"
-    return finished(id, ours, f"LoRA linear, {'forward and backward' if backward else 'forward'}", seconds, "peft", must, adapters, graph, errors)
+    dtype = "bf16 with fp32 adapters" if default_dtype else "bf16"
+    return finished(id, ours, f"LoRA linear, {'forward and backward' if backward else 'forward'}", seconds, "peft", must, f"{dtype} vs {dtype}", graph, errors)
 
 
 def tax(id: str, must: float, shape: tuple, backward: bool, pairs: int) -> dict:
@@ -186,23 +216,23 @@ def tax(id: str, must: float, shape: tuple, backward: bool, pairs: int) -> dict:
     torch.manual_seed(0)
     ours = Ours(shape, torch.float32)
     errors = check(id, ours, None)
-    x, weight, dy = ours.x.detach(), ours.weight, ours.dy
+    x, dy = ours.x.detach(), torch.cat(ours.dys, dim=1)
+    weight, bias, A, B = (torch.cat([tensor.detach() for tensor in tensors]) for tensors in (ours.weights, ours.biases, ours.As, ours.Bs))
     arguments = [ours.scaling / masks.keep_probability(DROPOUT)] * len(ours.sizes), ours.sizes, ours.streams, DROPOUT, ours.config
-    A, B = ours.A.detach(), ours.B.detach()
     if backward:
-        hidden = triton_lora.forward(x, weight, ours.bias, A, B, ours.state, *arguments)[1]
+        hidden = triton_lora.forward(x, weight, bias, A, B, ours.state, *arguments)[1]
         functions = {
             "ours": lambda: triton_lora.gradients(dy, x, weight, A, B, ours.state, hidden, [True] * 3, *arguments),
             "peer": lambda: dy @ weight,
         }
     else:
         functions = {
-            "ours": lambda: triton_lora.forward(x, weight, ours.bias, A, B, ours.state, *arguments),
-            "peer": lambda: F.linear(x, weight, ours.bias),
+            "ours": lambda: triton_lora.forward(x, weight, bias, A, B, ours.state, *arguments),
+            "peer": lambda: F.linear(x, weight, bias),
         }
     seconds = paired_seconds(functions, pairs, graph=True)
     what = "backward of the LoRA linear beside dy W" if backward else "forward of the LoRA linear beside F.linear"
-    return finished(id, ours, what, seconds, "torch", must, "bf16", True, errors)
+    return finished(id, ours, what, seconds, "torch", must, "bf16 with fp32 adapters vs bf16", True, errors)
 
 
 def finished(id, ours: Ours, what: str, seconds, peer: str, must, dtype: str, graph: bool, errors: dict) -> dict:
@@ -238,20 +268,19 @@ def run(only: Sequence[str] = IDS, pairs: int = 21) -> list[dict]:
         "K6c": lambda id: tax(id, round(1 / 1.3, 3), SMALL, True, pairs),
         "K6d": lambda id: tax(id, round(1 / 1.15, 3), LARGE, True, pairs),
     }
-    return [rows[id](id) for id in IDS if id in only]
+    lora.use_kernel("triton")
+    try:
+        return [rows[id](id) for id in IDS if id in only]
+    finally:
+        lora.use_kernel("auto")
 
 
 def main() -> int:
     parser = common.row_parser(__doc__.split("\n")[0], IDS, pairs=21)
     arguments = common.parse_rows(parser, IDS)
-    try:
-        rows = run(arguments.only or IDS, arguments.pairs)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    common.report(rows, arguments.json, PACKAGES)
+    common.report(run(arguments.only or IDS, arguments.pairs), arguments.json, PACKAGES)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)

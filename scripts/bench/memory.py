@@ -4,7 +4,7 @@
 
 The step is that of train_step.py. Every side runs in processes of its own: it does one step, which makes the optimiser's state and what libraries keep,
 and what a second step needs at its peak beyond what the process holds by then is counted: of the resident set on the CPU, of allocated memory on a GPU.
-"default" is what peft makes of a base in bf16, adapters in fp32.
+"default" is what peft makes of a base in bf16, adapters in fp32; "compiled" is all in bf16 under torch.compile.
 """
 
 import ctypes
@@ -22,15 +22,17 @@ import train_step
 from captioner.runtime import PeakMemory, process_memory
 
 REPEATS = 1  # two processes of a side agree within 3 %
-SIDES = ("ours-bf16", "ours-fp32", "peer-default", "peer-bf16", "peer-fp32")
+SIDES = ("ours-bf16", "ours-fp32", "peer-default", "peer-bf16", "peer-fp32", "peer-compiled")
 # Row: our side, theirs, dtypes, bar on the CPU and on a GPU.
 ROWS = {
     "T6-default": ("ours-bf16", "peer-default", "bf16 vs bf16 with fp32 adapters", 2.0, 1 / 0.35),
     "T6-fp32": ("ours-bf16", "peer-fp32", "bf16 vs fp32", None, None),
     "T6-same-bf16": ("ours-bf16", "peer-bf16", "bf16 vs bf16", None, None),
     "T6-same-fp32": ("ours-fp32", "peer-fp32", "fp32 vs fp32", None, None),
+    "T6-compiled": ("ours-bf16", "peer-compiled", "bf16 vs compiled bf16", None, 1 / 0.6),
 }
 IDS = tuple(ROWS)
+CUDA_IDS = ("T6-compiled",)
 PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -46,11 +48,11 @@ def build_step(side: str, images: int, size: str, device: torch.device) -> Calla
         train_step.prepare(model, trainable, precision)
         return train_step.make_step(train_step.our_loss(model, precision), list(trainable.values()), features, labels)
     peer = train_step.build_peer(model).to(device).train()
-    for name, parameter in peer.named_parameters():
-        if precision == "bf16" or (precision == "default" and "lora_" not in name):
-            parameter.data = parameter.data.bfloat16()
+    dtype = train_step.prepare_peer(peer, "bf16" if precision == "compiled" else precision)
+    if precision == "compiled":
+        peer.forward = torch.compile(peer.forward)  # without CUDA graphs, whose memory PyTorch does not count as allocated
     parameters = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-    return train_step.make_step(train_step.peer_loss(peer, peer.bridge.weight.dtype), parameters, features, labels)
+    return train_step.make_step(train_step.peer_loss(peer, dtype), parameters, features, labels)
 
 
 def step_memory(side: str, images: int, size: str) -> int:
@@ -78,9 +80,11 @@ def memory_of_a_process(side: str, images: int, size: str) -> int:
 
 
 def run(images: int = 16, size: str = "flan-t5-base", only: Collection[str] | None = None) -> list[dict]:
-    """The rows named, or all."""
-    wanted = {id: row for id, row in ROWS.items() if only is None or id in only}
+    """The rows named, or all that this machine can measure."""
     on_gpu = torch.cuda.is_available()
+    wanted = {id: row for id, row in ROWS.items() if (id in only if only is not None else on_gpu or id not in CUDA_IDS)}
+    if not on_gpu and (named := [id for id in wanted if id in CUDA_IDS]):
+        raise RuntimeError(f"{', '.join(named)} needs a CUDA device")
     sides = {side for ours, theirs, *_ in wanted.values() for side in (ours, theirs)}
     measured = {side: [memory_of_a_process(side, images, size) for _ in range(REPEATS)] for side in SIDES if side in sides}
     what = f"memory of a LoRA training step above the weights, {size} decoder, B={images}, {train_step.IMAGE_TOKENS} image tokens, T={train_step.TEXT_TOKENS}"
@@ -110,4 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)

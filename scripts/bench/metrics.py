@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from common import REPOSITORY, argument_parser, interleave, report, row
+from common import REPOSITORY, argument_parser, interleave, report, row, run_main
 
 from captioner import metrics
 from captioner.metrics import ptb
@@ -165,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,9 +19,9 @@ from pathlib import Path
 import common
 import torch
 import triton
-from lora_linear import DROPOUT, RANK, Ours, graphed, largest_error
+from lora_linear import DROPOUT, RANK, Ours, graphed, largest_error, results
 
-from lora import functional, kernel_table, masks, triton_lora
+from lora import kernel_table, masks, triton_lora
 
 TEXT_ROWS, IMAGE_ROWS = (1024, 2048, 2560, 5120), (128 * 197,)  # batch 128 times caption lengths 8 to 40, times 197 image tokens
 WIDTHS = {"base": (768, 2048, 12), "large": (1024, 2816, 24)}  # d_model, d_ff, layers
@@ -75,8 +75,10 @@ class Problem(Ours):
 
     def __init__(self, shape, dtype: torch.dtype, rank: int = RANK, device: str = "cuda"):
         super().__init__(shape, torch.float32, device, dtype, rank)
-        self.expected, self.tolerance = self.reference(DROPOUT), WORST_ERROR[dtype]
-        self.config = ""
+        self.expected, self.tolerance = self.reference(), WORST_ERROR[dtype]
+        together = (torch.cat([tensor.detach() for tensor in tensors]) for tensors in (self.weights, self.biases, self.As, self.Bs))
+        self.weight, self.bias, self.A, self.B = together
+        self.dy = torch.cat(self.dys, dim=1)
         plan = self.plan({})
         with torch.no_grad():
             self.hidden = triton_lora.hidden_of(self.x, self.A, self.state, plan)
@@ -91,7 +93,7 @@ class Problem(Ours):
     def kernel(self, name: str, settings: dict) -> Callable[[], object]:
         """A call of one kernel, with the cuBLAS product that it adds to where it does."""
         plan = self.plan({name: settings})
-        x, A, B = (tensor.detach() for tensor in self.trained)
+        x, A, B = self.x.detach(), self.A, self.B
         return {
             "hidden": lambda: triton_lora.hidden_of(x, A, self.state, plan),
             "output": lambda: triton_lora.output_of(x, self.weight, self.bias, self.hidden, B, plan),
@@ -100,25 +102,9 @@ class Problem(Ours):
             "A_gradient": lambda: triton_lora.A_gradient(self.dhidden, x, A, self.state, plan),
         }[name]
 
-    def triton_pass(self, config: dict) -> Callable[[], list]:
-        """y, dx, dA, dB by the kernels."""
-        self.config = json.dumps(config)
-        return lambda: [(y := self.forward()).detach(), *torch.autograd.grad(y, self.trained, self.dy)]
-
-    def fused_pass(self) -> Callable[[], list]:
-        """The same by cuBLAS's products, from weights that are laid out for them."""
-        sizes = list(self.sizes)
-        split = (self.A.split(self.rank), *(tensor.split(sizes) for tensor in (self.B, self.weight, self.bias)), self.dy.split(sizes, dim=1))
-        As, Bs, weights, biases, dys = ([part.detach().clone() for part in parts] for parts in split)
-        functional.lay_out(weights, len(As) * self.rank)
-        adapters = [functional.Adapter(A.requires_grad_(), B.requires_grad_(), self.scaling, stream) for A, B, stream in zip(As, Bs, self.streams)]
-
-        def run() -> list:
-            ys = functional.lora_linears(self.x, weights, biases, adapters, DROPOUT, self.state, "fused")
-            dx, *gradients = torch.autograd.grad(ys, [self.x, *As, *Bs], dys)
-            return [torch.cat([y.detach() for y in ys], dim=1), dx, torch.cat(gradients[: len(As)]), torch.cat(gradients[len(As) :])]
-
-        return run
+    def training_pass(self, implementation: str, **options) -> Callable[[], list]:
+        """The y_i, dx, dA_i and dB_i as a model's training computes them."""
+        return lambda: results(self.outputs_of(implementation, **options), self.trained, self.dys)
 
     def wrong(self, results: list) -> float | None:
         """The largest relative error, where it is too large."""
@@ -143,7 +129,7 @@ def best_settings(problem: Problem, name: str, tried: list[dict]) -> dict:
     times = {}
     for index, settings in enumerate(tried):
         try:
-            if (error := problem.wrong(problem.triton_pass({name: settings})())) is not None:
+            if (error := problem.wrong(problem.training_pass("triton", config=json.dumps({name: settings}))())) is not None:
                 print(f"  {name} {settings}: wrong by {error:.1e}, left out", file=sys.stderr)
                 continue
             times[index] = seconds(problem.kernel(name, settings))
@@ -160,7 +146,7 @@ def measure(shape: tuple, rank: int, dtype: torch.dtype) -> dict:
     torch.manual_seed(0)
     problem = Problem(shape, dtype, rank)
     config = {name: best_settings(problem, name, tried) for name, tried in candidates(dtype).items()}
-    passes = {"triton": problem.triton_pass(config), "fused": problem.fused_pass()}
+    passes = {"triton": problem.training_pass("triton", config=json.dumps(config)), "fused": problem.training_pass("fused")}
     for name, run in passes.items():
         if (error := problem.wrong(run())) is not None:
             raise RuntimeError(f"{name} at {shape}: wrong by {error:.1e}")
@@ -205,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)
