@@ -156,7 +156,8 @@ def run(starts: int = 3, only: Collection[str] | None = None, threads: int | Non
     rows = []
     if "X1" in only:
         what = "from the start of train.py to the end of step 1, base"
-        rows.append(common.row("X1", what, ours=wall, theirs=[LIMIT] * len(wall), peer="limit", peer_version=f"{LIMIT:g} s", must=1.0, dtype=precision, **facts))
+        limit = dict(theirs=[LIMIT] * len(wall), peer="limit", peer_version=f"{LIMIT:g} s")
+        rows.append(common.row("X1", what, ours=wall, **limit, must=1.0, dtype=precision, **facts))
     if "X1-peft" in only:
         what = f"the same; theirs without evaluation{', compiled' if compiled else ''}"
         their_wall, their_cpu = zip(*theirs)

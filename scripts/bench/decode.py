@@ -1,17 +1,20 @@
-"""Decoding of one image or a few on a CPU against transformers' generate and peft.
+"""Decoding of one image or a few against transformers' generate and peft; all rows are measured on the CPU.
 
     python scripts/bench/decode.py [--only ID,ID] [--pairs 5] [--threads N] [--json PATH|-]
 
 Flan-T5-base decoder with random weights and LoRA of rank 8 on all its attention and feed-forward layers, 197 image tokens, 20 new tokens:
 end-of-sequence is made impossible on both sides, so that neither stops early. Both get the memory as it is; the LoRA is merged in ours and, but for the
 rows against peft, in theirs. D rows are fp32 against fp32, and greedy and beam ids are compared before they are timed. C4 rows are int8 against
-peft's unmerged fp32 (-peft) and against merged bf16 (-bf16), and bf16 against merged bf16 (-same); the share of tokens that are equal is printed before
-they are timed: with random weights the likeliest tokens are close to each other, so that rounding soon leads to other texts.
+peft's unmerged fp32 (-peft) and against merged bf16 (-bf16), and bf16 against merged bf16 (-same). With random weights the likeliest tokens are close to
+each other, so that rounding soon leads to other texts: the share of equal tokens is printed, and what is checked before timing is the logits of our steps
+over one given text, against transformers' in fp32: bf16 at most twice as far off as theirs, int8 at most 10 %. Sampling rows are compared by those logits
+and by what transformers' processors make of them.
 Memory is the growth of the resident set over a loaded, warmed-up process, each side in processes of its own.
 """
 
 import copy
 import ctypes
+import functools
 import gc
 import json
 import subprocess
@@ -27,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner import generate
+from captioner.cache import DecoderCache
 from captioner.runtime import PeakMemory, process_memory
 from captioner.t5 import T5, T5Config
 from captioner.weights import HF_T5, load_into, t5_to_hf
@@ -160,30 +164,84 @@ def check(id: str, case: Case, exact: bool, ours: Tensor, theirs: Tensor) -> flo
     return (ours[:, 1:] == theirs[:, 1:]).float().mean().item()
 
 
+class GivenText:
+    """transformers' greedy ids (1, T) and, from its merged weights in fp32, the logits (T, V) after each; what other forms make of these ids."""
+
+    def __init__(self, peer: nn.Module):
+        self.ids = their_side(GREEDY, peer)()[:, :-1]
+        self.logits = self.their_logits(peer)
+
+    @torch.inference_mode()
+    def their_logits(self, peer: nn.Module) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        memory = memory_of(GREEDY, peer.config.d_model).to(peer.dtype)
+        return peer(encoder_outputs=BaseModelOutput(memory), decoder_input_ids=self.ids).logits[0].float()
+
+    @torch.inference_mode()
+    def our_logits(self, model: SimpleNamespace, rows: int) -> Tensor:
+        """Of steps of `rows` equal rows, as the model is prepared for."""
+        cache = DecoderCache(model.text, memory_of(GREEDY, model.text.config.d_model), rows, self.ids.shape[1])
+        return torch.stack([cache.step(token.expand(rows))[0].float() for token in self.ids.t()])
+
+    def error(self, logits: Tensor) -> float:
+        """Relative to fp32."""
+        return ((logits - self.logits).norm() / self.logits.norm()).item()
+
+
+def check_logits(id: str, text: GivenText, model: SimpleNamespace, rows: int, precision: str, peer: nn.Module) -> float:
+    """The relative error of our logits. Raises RuntimeError where it is too large; `peer` is in bf16 where ours is."""
+    limit = 2 * text.error(text.their_logits(peer)) if precision == "bf16" else {"fp32": 1e-4, "int8": 0.1}[precision]
+    error = text.error(text.our_logits(model, rows))
+    if not error <= limit:
+        raise RuntimeError(f"{id}: our logits in {precision} are off by {error:.2g} of transformers' in fp32, more than {limit:.2g}")
+    return error
+
+
+def check_sampling(id: str, text: GivenText) -> None:
+    """Raise RuntimeError unless what is sampled from is what transformers' processors make of the logits of a step."""
+    from transformers.generation import logits_process
+
+    chain = [
+        logits_process.RepetitionPenaltyLogitsProcessor(SAMPLING["repetition_penalty"]),
+        logits_process.TemperatureLogitsWarper(SAMPLING["temperature"]),
+        logits_process.TopKLogitsWarper(SAMPLING["top_k"]),
+        logits_process.TopPLogitsWarper(SAMPLING["top_p"]),
+    ]
+    expected = functools.reduce(lambda scores, process: process(text.ids, scores), chain, text.logits[-1:]).softmax(-1)
+    difference = (generate.probabilities(text.logits[-1:], text.ids, **SAMPLING) - expected).abs().max().item()
+    if not difference <= 1e-5:
+        raise RuntimeError(f"{id}: probabilities differ from those of transformers' processors by {difference:.2g}")
+
+
 def run(pairs: int = 5, only: Collection[str] | None = None, clock: Callable[[], float] | None = None) -> list[dict]:
     """The rows named, or all. clock defaults to wall time with several threads and to this process's CPU seconds with one."""
     only = IDS if only is None else only
     clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     timed, rows = {id: entry for id, entry in TIMED.items() if id in only}, []
     if timed:
-        model, peers = build_sides({weights for *_, weights in timed.values()})
-        rows = [_timed_row(id, model, peers, pairs, clock) for id in timed]
+        model, peers = build_sides({weights for *_, weights in timed.values()} | {"fp32"})
+        text = GivenText(peers["fp32"])
+        rows = [_timed_row(id, model, peers, text, pairs, clock) for id in timed]
     if "D4" in only:
         measured = {side: [_memory_of_a_process(side) for _ in range(2)] for side in ("ours", "theirs")}
         rows.append(_row("D4", "peak memory above the weights, beam 10, B=4", "transformers", 3.0, "fp32 vs fp32", **measured, unit="bytes"))
     return rows
 
 
-def _timed_row(id: str, model: SimpleNamespace, peers: dict[str, nn.Module], pairs: int, clock: Callable[[], float]) -> dict:
+def _timed_row(id: str, model: SimpleNamespace, peers: dict[str, nn.Module], text: GivenText, pairs: int, clock: Callable[[], float]) -> dict:
     case, must, precision, weights = TIMED[id]
     generate.prepare_for_decoding(model, case.rows, precision)
+    error = check_logits(id, text, model, case.rows, precision, peers[weights]) if precision != "fp32" or case.drawn else None
+    if case.drawn:
+        check_sampling(id, text)
     sides = {"ours": our_side(case, model), "theirs": their_side(case, peers[weights])}
     equal = check(id, case, precision == weights == "fp32", *(side() for side in sides.values()))
     if equal is not None:
         print(f"{id}: {equal:.0%} of the tokens are equal", file=sys.stderr)
     seconds = common.interleave(sides, pairs, warmup=0, clock=clock)
     peer, dtype = ("peft", "fp32") if weights == "peft" else ("transformers", weights)
-    more = dict(threads=torch.get_num_threads(), clock=common.clock_name(clock), equal_tokens=equal)
+    more = dict(threads=torch.get_num_threads(), clock=common.clock_name(clock), equal_tokens=equal, logits_error=error)
     return _row(id, case.what, peer, must, f"{precision} vs {dtype}", **seconds, **more)
 
 

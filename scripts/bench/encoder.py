@@ -9,7 +9,6 @@ as far from fp32 as theirs.
 """
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Collection
 

@@ -5,15 +5,17 @@
 ViT-B/16 and the decoder of Flan-T5-base with the same random weights, Flickr8k photographs written as JPEG, or drawn scenes where there are none, one
 caption of an image an epoch. Theirs decodes and prepares every image (Pillow, CLIPImageProcessor) and encodes it (CLIPVisionModel) in every step, batches
 are random and padded to their longest caption. Ours is what `train.py --cache-features` does: the first epoch encodes every image once into a feature
-store, later ones read it, and batches are of about one length. CPU rows (C3): theirs in fp32, as it trains by default there. GPU rows: CLIP and the base
-in bf16, peft's adapters in fp32, worker processes on both sides; T4 has features given on both sides. Both sides' losses on one batch are compared first.
+store, later ones read it, and batches are of about one length; on a GPU the features stay in its memory. Ours is in bf16 where the device multiplies it in
+hardware, else in fp32. C3 rows are measured on the CPU: theirs in fp32, as it trains by default there, or all in bf16 (C3-bf16). T rows on a GPU: CLIP and
+the base in bf16, peft's adapters in fp32, worker processes on both sides; T4 has features given on both sides. Both sides' losses on one batch are compared
+first.
 """
 
+import functools
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import common
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 
 from captioner import clip_hf
 from captioner.backbones import build_vision
-from captioner.features import FeatureStore
+from captioner.features import DeviceFeatures, FeatureStore
+from captioner.runtime import choose_precision
 from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.weights import clip_to_hf
 from data.buckets import CaptionLengths, bucket_edges, bucketed_order
@@ -35,16 +38,19 @@ from data.rows import Row
 
 SIZE, VISION = "flan-t5-base", "ViT-B-16-quickgelu"
 MAX_TOKENS = 40
-# Row: what is compared, on a GPU, bar.
+# Row: what is compared, device, the peer's form (see train_step.py), bar.
 ROWS = {
-    "C3": ("later", False, 6.0),
-    "C3-first": ("first", False, None),
-    "T4": ("cached", True, 10.0),
-    "T5-first": ("first", True, 2.0),
-    "T5": ("later", True, 7.0),
+    "C3": ("later", "cpu", "fp32", 6.0),
+    "C3-first": ("first", "cpu", "fp32", None),
+    "C3-bf16": ("later", "cpu", "bf16", None),
+    "T4": ("cached", "cuda", "default", 10.0),
+    "T5-first": ("first", "cuda", "default", 2.0),
+    "T5": ("later", "cuda", "default", 7.0),
 }
+FORMS = {"fp32": "fp32", "bf16": "bf16", "default": "bf16 with fp32 adapters"}
 IDS = tuple(ROWS)
-CUDA_IDS = tuple(id for id, (_, on_gpu, _) in ROWS.items() if on_gpu)
+CUDA_IDS = tuple(id for id, row in ROWS.items() if row[1] == "cuda")
+IMAGES, BATCH_SIZE = {"cpu": 32, "cuda": 4096}, {"cpu": 16, "cuda": 128}
 PACKAGES = ("torch", "transformers", "peft", "pillow")
 
 
@@ -68,20 +74,25 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=5e-4, weight_decay=0.0, fused=True)
         self.lengths = CaptionLengths(self.rows, self.tokenizer.encode, MAX_TOKENS)
 
-    def encode(self) -> FeatureStore:
-        """A new feature store of all images."""
+    def encode(self) -> FeatureStore | DeviceFeatures:
+        """A new feature store of all images, as train.py keeps it."""
         store = FeatureStore(Path(tempfile.mkdtemp(dir=self.folder)), self.vision, self.precision)
         store.prepare(self.rows, BadImageLedger("fail"), self.device, workers_for(self.device), batch_size=self.batch_size)
-        return store
+        return DeviceFeatures(store, self.rows, self.device) if DeviceFeatures.fit(store, self.rows, self.device) else store
 
-    def batches(self, store: FeatureStore, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def features(self, store: FeatureStore | DeviceFeatures, rows: Sequence[Row]) -> Tensor:
+        """(B, N, D) of these rows on the device."""
+        return store.gather(torch.stack([store.get(row) for row in rows])).to(self.device)
+
+    def batches(self, store: FeatureStore | DeviceFeatures, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(len(self.rows), 0, epoch)
         order = bucketed_order(order, self.lengths.of_epoch("1", 0, epoch), bucket_edges(MAX_TOKENS), self.batch_size, 0, epoch)
-        loader = make_loader(CaptionDataset(self.rows, features=store), self.tokenizer.encode, self.batch_size, order, epoch=epoch, max_caption_tokens=MAX_TOKENS)
+        dataset, dtype = CaptionDataset(self.rows, features=store), torch.float32 if self.precision == "fp32" else torch.bfloat16
+        loader = make_loader(dataset, self.tokenizer.encode, self.batch_size, order, epoch=epoch, max_caption_tokens=MAX_TOKENS)
         for batch in loader:
-            yield batch["features"].to(self.device, torch.float32 if self.precision == "fp32" else torch.bfloat16), batch["labels"].flatten(0, 1).to(self.device)
+            yield batch["features"].to(self.device, dtype), batch["labels"].flatten(0, 1).to(self.device)
 
-    def epoch(self, store: FeatureStore) -> None:
+    def epoch(self, store: FeatureStore | DeviceFeatures) -> None:
         train_epoch(self.batches(store, self.passes), self.loss, self.parameters, self.optimizer)
         self.passes += 1
 
@@ -105,17 +116,13 @@ class Images(torch.utils.data.Dataset):
 class Peer:
     """Their side: every epoch decodes and encodes every image."""
 
-    def __init__(self, ours: Ours):
+    def __init__(self, ours: Ours, form: str):
+        """form: of train_step.py."""
         import transformers
 
         self.rows, self.tokenizer, self.batch_size, self.device = ours.rows, ours.tokenizer, ours.batch_size, ours.device
-        on_gpu = self.device.type == "cuda"
-        self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        self.text = train_step.build_peer(ours.model)
-        if on_gpu:
-            for name, parameter in self.text.named_parameters():
-                parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
-        self.text = self.text.to(self.device).train()
+        self.text = train_step.build_peer(ours.model).to(self.device).train()
+        self.dtype = train_step.prepare_peer(self.text, form)
         config = ours.vision.module.config
         self.vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**clip_hf.clip_config_to_hf(config)))
         self.vision.load_state_dict(clip_to_hf(ours.vision.module, config))
@@ -166,15 +173,14 @@ def workers_for(device: torch.device) -> int:
     return (os.cpu_count() or 1) if device.type == "cuda" else 0
 
 
-def check(ours: Ours, peer: Peer, store: FeatureStore) -> list[float]:
+def check(ours: Ours, peer: Peer, store: FeatureStore | DeviceFeatures) -> list[float]:
     """Losses of both sides on one batch of images without dropout; raises RuntimeError where they are more than 3 % apart."""
     ours.model.eval()
     peer.text.eval()
     some = range(min(4, len(ours.rows)))
     labels = peer.labels(list(some), 0)
     with torch.no_grad():
-        features = torch.stack([store.get(ours.rows[index]) for index in some]).to(ours.device)
-        mine = ours.loss(features, labels).item()
+        mine = ours.loss(ours.features(store, [ours.rows[index] for index in some]), labels).item()
         theirs = peer.loss(peer.encode(torch.stack([peer.images[index] for index in some])), labels).item()
     ours.model.train()
     peer.text.train()
@@ -184,15 +190,18 @@ def check(ours: Ours, peer: Peer, store: FeatureStore) -> list[float]:
 
 
 def run(pairs: int = 3, images: int | None = None, batch_size: int | None = None, only: Collection[str] | None = None, clock=None) -> list[dict]:
-    """The rows named, or all of this machine's kind. Sizes default to 32 images in batches of 16, on a GPU 4,096 in batches of 128."""
-    on_gpu = torch.cuda.is_available()
-    wanted = {id: row for id, row in ROWS.items() if (id in only if only is not None else row[1] == on_gpu)}
-    if named := [id for id, row in wanted.items() if row[1] and not on_gpu]:
+    """The rows named, or all that this machine can measure. Sizes default to IMAGES and BATCH_SIZE of the rows' device."""
+    has_gpu = torch.cuda.is_available()
+    wanted = {id: row for id, row in ROWS.items() if (id in only if only is not None else has_gpu or id not in CUDA_IDS)}
+    if not has_gpu and (named := [id for id in wanted if id in CUDA_IDS]):
         raise RuntimeError(f"{', '.join(named)} needs a CUDA device")
-    device = torch.device("cuda" if any(row[1] for row in wanted.values()) else "cpu")
-    images, batch_size = images or (4096 if device.type == "cuda" else 32), batch_size or (128 if device.type == "cuda" else 16)
-    with tempfile.TemporaryDirectory() as name:
-        return measure(wanted, Path(name), images, batch_size, device, pairs, clock)
+    result = []
+    for device in ("cpu", "cuda"):
+        if chosen := {id: row for id, row in wanted.items() if row[1] == device}:
+            with tempfile.TemporaryDirectory() as name:
+                sizes = images or IMAGES[device], batch_size or BATCH_SIZE[device]
+                result += measure(chosen, Path(name), *sizes, torch.device(device), pairs, clock)
+    return result
 
 
 def measure(wanted: dict, folder: Path, images: int, batch_size: int, device: torch.device, pairs: int, clock) -> list[dict]:
@@ -200,30 +209,25 @@ def measure(wanted: dict, folder: Path, images: int, batch_size: int, device: to
     source = common.write_photographs(folder / "data", images)
     rows = read(folder / "data", "train")
     torch.manual_seed(0)
-    ours = Ours(rows, vocabulary(rows, folder), folder, batch_size, device, "bf16")
-    peer = Peer(ours)
+    ours = Ours(rows, vocabulary(rows, folder), folder, batch_size, device, choose_precision("auto", device))
+    peers = {form: Peer(ours, form) for form in {form for _, _, form, _ in wanted.values()}}
     ours.start()
     store = ours.encode()
-    losses = check(ours, peer, store)
-    epochs = {
-        "ours later": lambda: ours.epoch(store),
-        "ours first": lambda: ours.epoch(ours.encode()),
-        "peer": peer.epoch,
-        "peer cached": lambda: peer.epoch(features),
-    }
-    pair_of = {"later": ("ours later", "peer"), "first": ("ours first", "peer"), "cached": ("ours later", "peer cached")}
-    used = [name for name in epochs if any(name in pair_of[kind] for kind, *_ in wanted.values())]
-    features = torch.stack([store.get(row) for row in rows]).to(device) if "peer cached" in used else None
+    losses = {form: check(ours, peer, store) for form, peer in peers.items()}
+    features = ours.features(store, rows) if any(kind == "cached" for kind, *_ in wanted.values()) else None
+    epochs = {}
+    for kind, _, form, _ in wanted.values():
+        epochs["ours", kind == "first"] = (lambda: ours.epoch(ours.encode())) if kind == "first" else (lambda: ours.epoch(store))
+        epochs[form, kind == "cached"] = functools.partial(peers[form].epoch, features if kind == "cached" else None)
     clock = clock or (time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter)
-    seconds = common.interleave({name: epochs[name] for name in used}, pairs, clock=clock)
+    seconds = common.interleave(epochs, pairs, clock=clock)
     titles = {"later": "epochs 2 and later", "first": "epoch 1, features encoded once", "cached": "epoch from cached features on both sides"}
-    details = dict(peer="peft", device=device.type, threads=torch.get_num_threads(), clock=common.clock_name(clock), losses=losses)
+    details = dict(peer="peft", device=device.type, threads=torch.get_num_threads(), clock=common.clock_name(clock))
     result = []
-    for id, (kind, on_gpu, must) in wanted.items():
+    for id, (kind, _, form, must) in wanted.items():
         what = f"{titles[kind]}: {images} JPEG files ({source}), B={batch_size}, {SIZE} decoder"
-        mine, theirs = (seconds[name] for name in pair_of[kind])
-        dtype = "bf16 vs bf16 with fp32 adapters" if on_gpu else "bf16 vs fp32"
-        result.append(common.row(id, what, ours=mine, theirs=theirs, must=must, dtype=dtype, **details))
+        both = dict(ours=seconds["ours", kind == "first"], theirs=seconds[form, kind == "cached"], losses=losses[form])
+        result.append(common.row(id, what, must=must, dtype=f"{ours.precision} vs {FORMS[form]}", **both, **details))
     return result
 
 
@@ -237,8 +241,8 @@ def vocabulary(rows: list[Row], folder: Path) -> Tokenizer:
 
 def main() -> int:
     parser = common.row_parser(__doc__.split("\n")[0], IDS, pairs=3)
-    parser.add_argument("--images", type=int, metavar="N", help="images of an epoch (default 32, on a GPU 4,096)")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="images a step (default 16, on a GPU 128)")
+    parser.add_argument("--images", type=int, metavar="N", help="images of an epoch (default 32 on the CPU, 4096 on a GPU)")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="images a step (default 16 on the CPU, 128 on a GPU)")
     arguments = common.parse_rows(parser, IDS)
     common.report(run(arguments.pairs, arguments.images, arguments.batch_size, arguments.only), arguments.json, PACKAGES)
     return 0

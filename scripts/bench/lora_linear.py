@@ -12,7 +12,6 @@ Before anything is timed, results without dropout are compared with fp32 on both
 `lora.functional`, which draws the same masks.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 
 import common

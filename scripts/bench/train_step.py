@@ -12,7 +12,6 @@ through torch.compile. Rows C are measured on the CPU, rows T on CUDA.
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Collection
 
