@@ -339,8 +339,8 @@ def choose_kernel(model: Captioner, settings: Settings, device: torch.device, pr
 
 def lay_out(model: Captioner) -> None:
     """Frozen weights side by side in memory where LoRA layers multiply by them together."""
-    for stack in (model.text.encoder, model.text.decoder):
-        lora.lay_out(group for block in (() if stack is None else stack.blocks) for group in input_groups(block))
+    stacks = [stack for stack in (model.text.encoder, model.text.decoder) if stack is not None]
+    lora.lay_out(group for stack in stacks for block in stack.blocks for group in input_groups(block))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Attention with dropout on a CPU, and cross-attention of few queries over a long memory, without the memory's keys and values:
+"""Attention with dropout on a CPU, and cross-attention of few queries over a long memory that forms no keys and values of it:
 
     scores_h = q_h K_h^T = (q_h Wk_h) X^T        mixed_h = P_h V_h = (P_h X) Wv_h^T
 
@@ -54,7 +54,7 @@ class DroppedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         q, k, v, bias, probs, mask = ctx.saved_tensors
-        dy = dy * ctx.scale  # and contiguous
+        dy = dy.contiguous() * ctx.scale
         dv = apply_keep_mask(probs, mask).transpose(2, 3) @ dy
         dprobs = apply_keep_mask(dy @ v.transpose(2, 3), mask)
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)

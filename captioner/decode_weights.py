@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captioner.errors import UserError
 from captioner.runtime import cpu_has_amx
-from captioner.t5 import T5, Block
+from captioner.t5 import T5, Block, input_groups
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 INT8_ROWS = 48  # above so many rows bf16 matrix instructions are faster than int8
@@ -270,12 +270,9 @@ def lay_out(text: T5, rows: int | None = None) -> None:
 
 
 def groups(text: T5) -> Iterator[list[nn.Module]]:
-    """The layers of a decoding step, those that read the same input together."""
+    """The layers of a decoding step, those that read the same input together; not those that only project the memory."""
     for block in text.decoder.blocks:
-        own, cross, mlp = block.self_attn, block.cross_attn, block.mlp
-        yield [own.q_proj, own.k_proj, own.v_proj]
-        yield [getattr(mlp, name) for name in mlp.inputs]
-        yield from ([layer] for layer in (own.o_proj, cross.q_proj, cross.o_proj, mlp.wo))
+        yield from (group for group in input_groups(block) if block.cross_attn.k_proj not in group)
     yield [text.lm_head]
 
 

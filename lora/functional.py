@@ -65,7 +65,7 @@ def lora_linears(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    rate = 0.0 if state is None else drop_level(dropout) / LEVELS
+    rate = exact_rate(dropout, state)
     rows = x.reshape(-1, x.shape[-1])
     config = ""
     if implementation is None:
@@ -73,6 +73,11 @@ def lora_linears(
     options = {"config": config} if config else {}
     outputs = IMPLEMENTATIONS[implementation](rows, weights, biases, adapters, rate, state, **options)
     return [y.reshape(*x.shape[:-1], weight.shape[0]) for y, weight in zip(outputs, weights)]
+
+
+def exact_rate(dropout: float, state: Tensor | None) -> float:
+    """The drop rate that is used: none without a state."""
+    return 0.0 if state is None else drop_level(dropout) / LEVELS
 
 
 _kernel = "auto"
@@ -131,10 +136,15 @@ def projection_reference(x: Tensor, adapter: Adapter, rate: float, state: Tensor
     return adapter.scaling * F.linear(dropped, adapter.A.to(x.dtype))
 
 
+def scales_of(adapters: Sequence[Adapter], rate: float) -> list[float]:
+    """scaling / keep of each adapter."""
+    return [adapter.scaling / keep_probability(rate) for adapter in adapters]
+
+
 def lora_linears_fused(x, weights, biases, adapters, rate, state) -> list[Tensor]:
     """The same from library products with hand-written gradients."""
     drop = Dropout.of(rate, state, [adapter.stream for adapter in adapters])
-    scales = tuple(adapter.scaling / keep_probability(rate) for adapter in adapters)
+    scales = scales_of(adapters, rate)
     As, Bs = [adapter.A for adapter in adapters], [adapter.B for adapter in adapters]
     return FusedLoRA.apply(x, drop, scales, *weights, *biases, *As, *Bs)
 
@@ -150,7 +160,7 @@ def lora_linears_triton(x, weights, biases, adapters, rate, state, config: str =
     if any(bias is not None for bias in biases):
         bias = torch.cat([x.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, biases)])
     A, B = torch.cat([adapter.A for adapter in adapters]), torch.cat([adapter.B for adapter in adapters])
-    scales, sizes = [adapter.scaling / keep_probability(rate) for adapter in adapters], [weight.shape[0] for weight in weights]
+    scales, sizes = scales_of(adapters, rate), [weight.shape[0] for weight in weights]
     streams = [adapter.stream for adapter in adapters]
     return triton_lora.lora_linears(x, weight, bias, A, B, scales, sizes, rate, state if rate else None, streams, config).split(sizes, dim=1)
 
@@ -337,8 +347,8 @@ def scale_(hidden: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> Ten
 
 def lora_projections(x: Tensor, adapters: Sequence[Adapter], dropout: float = 0.0, state: Tensor | None = None) -> list[Tensor]:
     """scale_i * (m_i * x) A_i^T: x (..., K) → one (..., R) for each adapter, the part of `lora_linears` before B."""
-    rate = 0.0 if state is None else drop_level(dropout) / LEVELS
-    scales = tuple(adapter.scaling / keep_probability(rate) for adapter in adapters)
+    rate = exact_rate(dropout, state)
+    scales = scales_of(adapters, rate)
     drop = Dropout.of(rate, state, [adapter.stream for adapter in adapters])
     rows = x.reshape(-1, x.shape[-1])
     if _kernel == "reference":

@@ -323,3 +323,16 @@ def test_an_adapter_of_another_run_is_refused(adapt, tiny_flags, tmp_path, capsy
             captioner.load(path)
         file.write_bytes(kept)
     captioner.load(path)
+
+
+def test_the_kernels_flag_is_obeyed_or_refused_without_a_trace(adapt, capsys, monkeypatch):
+    monkeypatch.setattr("lora.functional._kernel", "auto")  # the command sets it for its process, which is ours here
+    flags = ["--lora-where", "decoder", "--lora-dropout", "0.1", "--max-steps", "3"]
+    chosen = state(adapt("chosen", *flags))
+    assert "LoRA kernel: fused on " in capsys.readouterr().err
+    plain = state(adapt("plain", *flags, "--lora-kernel", "reference"))
+    assert "LoRA kernel: reference on " in capsys.readouterr().err
+    assert all(torch.allclose(chosen[name], plain[name], atol=1e-4) for name in chosen)
+    if not torch.cuda.is_available():
+        refused = adapt("refused", *flags, "--lora-kernel", "triton", code=2)
+        assert "--lora-kernel triton: " in capsys.readouterr().err and not refused.exists()

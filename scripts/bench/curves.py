@@ -23,11 +23,9 @@ import torch
 import train_step
 from torch import nn
 
-import lora
 from captioner import generate
-from captioner.model import Captioner
 from captioner.runtime import PeakMemory, choose_precision, process_memory
-from captioner.t5 import T5, T5Config
+from captioner.t5 import T5Config
 
 SIZE = "flan-t5-base"
 BATCH, TOKENS, RANK = 8, 20, 8
@@ -42,19 +40,10 @@ COLOURS = {"ours": "#1f5fa8", "peer": "#c4622d"}
 PACKAGES = ("torch", "transformers", "peft")
 
 
-def build_ours(rank: int) -> tuple[Captioner, dict[str, nn.Parameter]]:
-    """A decoder with LoRA of a rank, and what is trained."""
-    config = T5Config.from_name(SIZE)
-    config.num_layers = 0
-    model = Captioner(train_step.Features(config.d_model), T5(config))
-    lora.apply_lora(model, ("attn", "ffn"), ("decoder",), rank, float(rank), train_step.DROPOUT)
-    return model, lora.set_trainable(model, also=("bridge",))
-
-
 def train_sides(rank: int, with_peer: bool, precision: str, device: torch.device) -> dict[str, tuple[Callable, list[nn.Parameter]]]:
     """Loss and trained parameters by side, in training mode."""
     torch.manual_seed(0)
-    model, trainable = build_ours(rank)
+    model, trainable = train_step.build_ours(SIZE, rank)
     sides = {}
     if with_peer:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

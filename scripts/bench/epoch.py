@@ -160,12 +160,7 @@ class Peer:
 def train_epoch(batches: Iterator[tuple[Tensor, Tensor]], loss: Callable, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """One optimiser step for each batch; returns when the device is done."""
     for features, labels in batches:
-        value = loss(features, labels)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        value.item()
+        train_step.update(loss, parameters, optimizer, features, labels).item()
 
 
 def workers_for(device: torch.device) -> int:

@@ -23,8 +23,9 @@ import lora
 from captioner.cli import keep_freed_memory
 from captioner.model import Captioner
 from captioner.runtime import cast_frozen
-from captioner.t5 import T5, T5Config, input_groups
+from captioner.t5 import T5, T5Config
 from captioner.weights import hf_module_name, t5_to_hf
+from train import lay_out
 
 IMAGE_TOKENS, TEXT_TOKENS = 197, 20
 RANK, ALPHA, DROPOUT = 8, 8.0, 0.1
@@ -53,12 +54,12 @@ class Features(nn.Module):
         self.width = width
 
 
-def build_ours(size: str) -> tuple[Captioner, dict[str, nn.Parameter]]:
+def build_ours(size: str, rank: int = RANK) -> tuple[Captioner, dict[str, nn.Parameter]]:
     """A captioner with LoRA of random, non-zero B, and its trained parameters."""
     config = T5Config.from_name(size)
     config.num_layers = 0
     model = Captioner(Features(config.d_model), T5(config))
-    lora.apply_lora(model, ("attn", "ffn"), ("decoder",), RANK, ALPHA, DROPOUT)
+    lora.apply_lora(model, ("attn", "ffn"), ("decoder",), rank, ALPHA, DROPOUT)
     trainable = lora.set_trainable(model, also=("bridge",))
     with torch.no_grad():
         for name, parameter in lora.adapter_parameters(model).items():
@@ -113,21 +114,24 @@ def build_peer(model: Captioner) -> nn.Module:
     return peer
 
 
+def update(
+    compute_loss: Callable[[Tensor, Tensor], Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor
+) -> Tensor:
+    """One training step; its loss, for which nothing waits."""
+    loss = compute_loss(features, labels)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
 def make_step(
     compute_loss: Callable[[Tensor, Tensor], Tensor], parameters: list[nn.Parameter], features: Tensor, labels: Tensor
 ) -> Callable[[], float]:
     """A function that does one training step and returns its loss, so that it ends with the device at rest."""
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0, fused=True)
-
-    def step() -> float:
-        loss = compute_loss(features, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+    return lambda: update(compute_loss, parameters, optimizer, features, labels).item()
 
 
 def make_graphed_step(model: Captioner, compute_loss, parameters: list[nn.Parameter], features: Tensor, labels: Tensor) -> Callable[[], float]:
@@ -137,15 +141,10 @@ def make_graphed_step(model: Captioner, compute_loss, parameters: list[nn.Parame
     lr = torch.tensor(5e-4, device=features.device)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True, capturable=True)
 
-    def update(inputs: list[dict[str, Tensor]]) -> tuple[Tensor]:
-        loss = compute_loss(inputs[0]["features"], inputs[0]["labels"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return (loss.detach(),)
+    def work(inputs: list[dict[str, Tensor]]) -> tuple[Tensor]:
+        return (update(compute_loss, parameters, optimizer, inputs[0]["features"], inputs[0]["labels"]),)
 
-    graphs = StepGraphs(update, Recorder(features.device), lambda inputs: True)
+    graphs = StepGraphs(work, Recorder(features.device), lambda inputs: True)
     numbers = itertools.count()
 
     def step() -> float:
@@ -159,7 +158,7 @@ def prepare(model: Captioner, trainable: dict[str, nn.Parameter], precision: str
     """As train.py does before its first step."""
     if precision == "bf16":
         cast_frozen(model.text, torch.bfloat16, keep=trainable.values())
-    lora.lay_out(group for block in model.text.decoder.blocks for group in input_groups(block))
+    lay_out(model)
 
 
 def prepare_peer(peer: nn.Module, form: str) -> torch.dtype:
