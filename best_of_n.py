@@ -2,27 +2,26 @@
 
     python best_of_n.py [RUN] --split val --n 10                      the newest run if none is named
     python best_of_n.py RUN --reranker ViT-L-14-quickgelu:openai --scorer ViT-B-32:laion2b_s34b_b79k
+    torchrun --nproc-per-node K -- best_of_n.py RUN --n 10            K processes, a device each; the same results
 
 An image is encoded once for all its captions. Finished images are kept in candidates.jsonl: the same command goes on after an interrupt.
 Legend: B images of a batch, n samples of each, N image tokens, T text tokens, D width.
 """
 
+import functools
 import json
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captioner import cli, scoring
 from captioner.cli import say, setting
-from captioner.decoding import (
-    REPORT_IMAGES, OpenRun, RunSettings, Stopped, are_scenes, attend, no_captions, open_run, until_stopped, weights_hash,
-)  # fmt: skip
+from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, attention_of, finish, open_journal, open_run, say_stopped
+from captioner.errors import Stopped
 from captioner.files import write_json, write_text
+from captioner.job import started
 from captioner.journal import Journal
-from data.readers import BUILT_IN
 
 if TYPE_CHECKING:
     from captioner.reranking import ScoredCaptions
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 CANDIDATE_SETTINGS = (
     "n", "split", "num_beams", "length_penalty", "max_length", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed",
 )  # fmt: skip
-Progress = Callable[[Iterable, str], Iterable]
 
 
 @dataclass
@@ -57,28 +55,28 @@ def load_clips(settings: Settings, run: OpenRun):
     return reranker, reranker if scorer_name == reranker_name else clip_score.load_scorer(scorer_name, run.device)
 
 
-def decode_split(settings: Settings, run: OpenRun, journal: Journal, progress: Progress) -> None:
-    """Add to the journal every readable image that it lacks: {"image_id", "greedy", "beam", "candidates"}.
+def caption_batch(settings: Settings, run: OpenRun, batch: dict) -> list[dict]:
+    """{"image_id", "greedy", "beam", "candidates"} of each image."""
+    found = decode(run.model, run.encode(batch), batch["ids"], settings)
+    greedy, beam, samples = (run.tokenizer.decode(ids) for ids in (found[0], found[1], found[2].flatten(0, 1)))
+    return [
+        {
+            "image_id": image_id,
+            "greedy": greedy[index],
+            "beam": beam[index],
+            "candidates": samples[index * settings.n : (index + 1) * settings.n],
+        }
+        for index, image_id in enumerate(batch["ids"])
+    ]
 
-    Whole batches are decoded, those of an undisturbed run, since the last bits of a product may depend on what else is in it.
-    """
-    size = settings.batch_size
-    starts = range(0, len(run.rows), size)
-    unfinished = [start for start in starts if any(row.id not in journal.lines for row in run.rows[start : start + size])]
-    order = [index for start in unfinished for index in range(start, min(start + size, len(run.rows)))]
-    for batch in progress(run.batches(size, settings.workers, order), f"{settings.n} samples an image"):
-        found = decode(run.model, run.encode(batch), batch["ids"], settings)
-        texts = {name: run.tokenizer.decode(ids) for name, ids in (("greedy", found[0]), ("beam", found[1]), ("samples", found[2].flatten(0, 1)))}
-        journal.add(
-            {
-                "image_id": image_id,
-                "greedy": texts["greedy"][index],
-                "beam": texts["beam"][index],
-                "candidates": texts["samples"][index * settings.n : (index + 1) * settings.n],
-            }
-            for index, image_id in enumerate(batch["ids"])
-            if image_id not in journal.lines
-        )
+
+def line_fields(n: int) -> dict[str, Callable[[Any], bool]]:
+    """What a line of candidates.jsonl holds, see `captioner.journal.Journal`."""
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    return {"greedy": is_text, "beam": is_text, "candidates": lambda own: isinstance(own, list) and len(own) == n and all(map(is_text, own))}
 
 
 def decode(model, memory, image_ids: Sequence[str], settings: Settings):
@@ -94,16 +92,7 @@ def decode(model, memory, image_ids: Sequence[str], settings: Settings):
     return greedy, beam, samples
 
 
-def candidate_settings(settings: Settings, run: OpenRun) -> dict:
-    """Everything that decides the candidates of an image; the size of the batches and the number of images do not."""
-    data = settings.data or run.config["settings"]["data"]
-    return {
-        **{name: getattr(settings, name) for name in CANDIDATE_SETTINGS}, "data": data if data in BUILT_IN else str(Path(data).resolve()),
-        "precision": run.precision, "decode_precision": run.decode_precision, "weights": weights_hash(run, settings.checkpoint), "stack": run.stack,
-    }  # fmt: skip
-
-
-def write_results(settings: Settings, run: OpenRun, directory: Path, captions: "ScoredCaptions", progress: Progress) -> dict:
+def write_results(settings: Settings, run: OpenRun, directory: Path, captions: "ScoredCaptions") -> dict:
     """Every file of the results; returns the scores."""
     from captioner import reranking
 
@@ -121,26 +110,21 @@ def write_results(settings: Settings, run: OpenRun, directory: Path, captions: "
     write_json(directory / "best_at_k.json", curves)
     reranking.plot_curves(curves, captions, directory / "best_at_k.png")
     if settings.report:
-        write_report(settings, run, directory, captions, lines, scores, progress)
+        write_report(settings, run, directory, captions, lines, scores)
     write_json(directory / "scores.json", scores)
     return scores
 
 
-def write_report(
-    settings: Settings, run: OpenRun, directory: Path, captions: "ScoredCaptions", lines: list[dict], scores: dict, progress: Progress
-) -> None:
+def write_report(settings: Settings, run: OpenRun, directory: Path, captions: "ScoredCaptions", lines: list[dict], scores: dict) -> None:
     """report.html: pictures, references, every decoding with its scores, and what each word of the chosen caption looked at."""
     from captioner import report
 
     shown = lines[:REPORT_IMAGES]
-    chosen = {line["image_id"]: line["caption"] for line in shown}
-    order = [number for number, row in enumerate(run.rows) if row.id in chosen]
-    attention = {}
-    for batch in progress(run.batches(settings.batch_size, settings.workers, order), "attention of words"):
-        attention.update(zip(batch["ids"], attend(run, batch, [chosen[image_id] for image_id in batch["ids"]]), strict=True))
+    chosen = run.tokenizer.encode([line["caption"] for line in shown])
+    attention = attention_of(run, settings, {line["image_id"]: tokens for line, tokens in zip(shown, chosen, strict=True)})
 
     def items() -> Iterator["report.Item"]:
-        for row, line in progress(list(zip(captions.rows[: len(shown)], shown, strict=True)), "report"):
+        for row, line in run.job.progress(list(zip(captions.rows[: len(shown)], shown, strict=True)), "report"):
             decoded = [report.Decoded(f"best of {settings.n}", line["caption"], item_scores(line), *attention.get(row.id, ()))]
             decoded += [report.Decoded(name, line[name]["caption"], item_scores(line[name])) for name in ("greedy", "beam", "sample", "oracle")]
             yield report.item_of(row, decoded, run.transform)
@@ -210,39 +194,39 @@ def check(settings: Settings) -> None:
 def main(argv: list[str] | None = None) -> int:
     settings = cli.parse_settings(Settings, argv, __doc__)
     check(settings)
-    run = open_run(settings)  # with no number of rows: --decode-precision auto must not depend on what decides no candidate
-    reranker, scorer = load_clips(settings, run)
-    directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-best-of-{settings.n}")
-    journal = Journal(directory / "candidates.jsonl", candidate_settings(settings, run))
-    kept = sum(row.id in journal.lines for row in run.rows)
+    with started(settings.device) as job:
+        run = journal = None
+        try:
+            run = open_run(settings, job=job)  # with no number of rows: --decode-precision auto must not depend on what decides no candidate
+            directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-best-of-{settings.n}")
+            clips = load_clips(settings, run)
+            with open_journal(run, settings, CANDIDATE_SETTINGS, directory / "candidates.jsonl", line_fields(settings.n)) as journal:
+                caption_and_score(settings, run, *clips, directory, journal)
+        except Stopped as stopped:
+            say_stopped("best_of_n.py", argv, settings, job, run, journal)
+            return 128 + stopped.number
+        if run.ledger:
+            say(run.ledger.summary())
+        return cli.SOME_BAD if job.processes.any(len(run.ledger) > 0) else cli.DONE
+
+
+def caption_and_score(settings: Settings, run: OpenRun, reranker, scorer, directory: Path, journal: Journal | None) -> None:
+    """Caption a split, choose and score, write the results; the journal keeps the candidates for another time."""
+    from captioner import clip_score, reranking
+
+    kept = sum(row.id in journal.lines for row in run.rows) if journal else 0
     going_on = f", {kept} of them finished before" if kept else ""
     say(f"{run.path}: {len(run.rows)} images of {settings.split}{going_on}, {settings.n} samples each, {run.device}, {run.precisions}")
-    with cli.StopSignal() as stop:
-        try:
-            scores = caption_and_score(settings, run, directory, journal, reranker, scorer, until_stopped(stop))
-        except Stopped:
-            words = sys.argv[1:] if argv is None else argv
-            words = words if settings.run else [str(run.path), *words]
-            finished = sum(row.id in journal.lines for row in run.rows)
-            say(f"stopped with {finished} of {len(run.rows)} images finished; go on with: python best_of_n.py {shlex.join(words)}")
-            return stop.exit_code
-    show(scores)
-    write_json(settings.json, scores | {"run": str(run.path), "captions": str(directory / "captions.jsonl")})
-    if run.ledger:
-        say(run.ledger.summary())
-        return cli.SOME_BAD
-    return cli.DONE
-
-
-def caption_and_score(settings: Settings, run: OpenRun, directory: Path, journal: Journal, reranker, scorer, progress: Progress) -> dict:
-    """All the work that a signal may stop: the scores."""
-    from captioner import reranking
-
-    decode_split(settings, run, journal, progress)
-    if not any(row.id in journal.lines for row in run.rows):
-        raise no_captions(settings.split)
-    captions = reranking.score_candidate_lines(journal.lines, run.rows, reranker, scorer, run.ledger, settings, progress)
-    return write_results(settings, run, directory, captions, progress)
+    rows = finish(run, settings, journal, f"{settings.n} samples an image", functools.partial(caption_batch, settings, run))
+    embeddings = [
+        clip_score.embed_split(clip, rows, run.ledger, settings.batch_size, settings.workers, run.job) for clip in reranking.distinct_clips(reranker, scorer)
+    ]
+    with run.job.processes.main_first():
+        if journal:
+            captions = reranking.score_candidate_lines(journal.lines, rows, reranker, scorer, embeddings, settings.tokenize, run.job.progress)
+            scores = write_results(settings, run, directory, captions)
+            show(scores)
+            write_json(settings.json, scores | {"run": str(run.path), "captions": str(directory / "captions.jsonl")})
 
 
 if __name__ == "__main__":

@@ -3,20 +3,35 @@
     python evaluate.py [RUN] --split val --decode beam                decode a split with a run (the newest if not named), then score
     python evaluate.py --hypotheses H.txt --references R.txt          score finished captions; line k belongs to line k
     python evaluate.py --compare A/captions.jsonl B/captions.jsonl    how sure is the difference B - A: paired bootstrap, wins on images
+    torchrun --nproc-per-node K evaluate.py RUN                       K processes, a device each; the same results
+
+Until the results are written, finished captions are kept in decoded.jsonl beside them: the same command goes on after an interrupt.
 """
 
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from captioner import cli, comparison, scoring
-from captioner.cli import progress, repeated, say, setting
-from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, no_captions, open_run
-from captioner.errors import UsageError, UserError
+from captioner.cli import repeated, say, setting
+from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, attention_of, decode, finish, open_journal, open_run, say_stopped
+from captioner.errors import Stopped, UsageError, UserError
 from captioner.files import write_json, write_text
+from captioner.job import started
+from captioner.journal import Journal
+from captioner.processes import place
+
+if TYPE_CHECKING:
+    from data.rows import Row
+
+# Settings that decide the captions, and those that do by one method alone; anything else may change when an interrupted evaluation goes on.
+CAPTION_SETTINGS = ("decode", "split", "max_length", "max_new_tokens", "repetition_penalty")
+METHOD_SETTINGS = {"greedy": (), "beam": ("num_beams", "length_penalty"), "sample": ("temperature", "top_k", "top_p", "seed")}
 
 
 @dataclass
@@ -69,79 +84,51 @@ def load_scorer(settings: Settings, run: OpenRun):
     return clip_score.load_scorer(name, run.device)
 
 
-def decode_split(settings: Settings, run: OpenRun) -> tuple[list[dict], dict]:
-    """Rows of {"image_id", "caption", "references"} of the images that can be read, and (words, maps) of the report's captions by image id."""
-    from captioner.word_attention import word_attention
-
-    rows, attention = [], {}
-    for batch in progress(run.batches(settings.batch_size, settings.workers), settings.decode):
-        memory = run.encode(batch)
-        ids = decode(run.model, memory, batch["ids"], settings)
-        if settings.report and len(rows) < REPORT_IMAGES:
-            attention.update(zip(batch["ids"], word_attention(run.model, memory, ids, run.tokenizer), strict=True))
-        rows += [
-            {"image_id": image_id, "caption": caption, "references": references}
-            for image_id, caption, references in zip(batch["ids"], run.tokenizer.decode(ids), batch["captions"], strict=True)
-        ]
-    if not rows:
-        raise no_captions(settings.split)
-    return rows, attention
+def caption_batch(settings: Settings, run: OpenRun, batch: dict) -> list[dict]:
+    """{"image_id", "caption", "tokens"} of each image, tokens without the start token and up to the end token."""
+    ids = decode(run.model, run.encode(batch), batch["ids"], settings)
+    end = run.tokenizer.eos_id
+    tokens = [own[: own.index(end) + 1] if end in own else own for own in ids[:, 1:].tolist()]
+    captions = run.tokenizer.decode(ids)
+    return [
+        {"image_id": image_id, "caption": caption, "tokens": own} for image_id, caption, own in zip(batch["ids"], captions, tokens, strict=True)
+    ]
 
 
-def decode(model, memory, image_ids: list[str], settings: Settings):
-    """One caption an image by the method of the settings: ids (B, T)."""
-    from captioner import generate
-
-    length = {"max_length": settings.max_length, "max_new_tokens": settings.max_new_tokens}
-    if settings.max_length is None and settings.max_new_tokens is None:
-        length = {"max_length": 20} if settings.decode == "beam" else {"max_new_tokens": 20}
-    penalty = settings.repetition_penalty or (1.2 if settings.decode == "sample" else 1.0)
-    if settings.decode == "greedy":
-        return generate.greedy(model, memory, repetition_penalty=penalty, **length)
-    if settings.decode == "beam":
-        return generate.beam_search(
-            model, memory, num_beams=settings.num_beams, length_penalty=settings.length_penalty, repetition_penalty=penalty, **length
-        )
-    return generate.sample(
-        model, memory, n=1, top_p=settings.top_p, temperature=settings.temperature, top_k=settings.top_k,
-        repetition_penalty=penalty, seed=settings.seed, image_ids=image_ids, **length,
-    )[:, 0]  # fmt: skip
+def line_fields(run: OpenRun) -> dict[str, Callable[[Any], bool]]:
+    """What a line of the journal holds, see `captioner.journal.Journal`."""
+    vocabulary = range(run.model.text.config.vocab_size)
+    return {
+        "caption": lambda caption: isinstance(caption, str),
+        "tokens": lambda tokens: isinstance(tokens, list) and all(type(token) is int and token in vocabulary for token in tokens),
+    }
 
 
-def score_rows(settings: Settings, run: OpenRun, rows: list[dict], scorer) -> dict:
-    """Corpus scores; each row gets its own: text metrics, with a scorer CLIP scores and its name, of drawn scenes the judged facts.
+def score_rows(settings: Settings, run: OpenRun, rows: "list[Row]", captions: list[str], scorer, embeddings: dict) -> tuple[dict, list[dict]]:
+    """(corpus scores, a line of captions.jsonl for each row's caption with its own scores).
 
-    A row whose image can no longer be read by then is taken out.
+    These are text metrics, with a scorer CLIP scores and its name, of drawn scenes the judged facts. embeddings: the scorer's, of the images by image id.
     """
-    by_id = {row.id: row for row in run.rows}
-    if scorer:
-        from captioner.clip_score import embed_split
-
-        sources = [by_id[row["image_id"]] for row in rows]
-        embeddings = embed_split(scorer, sources, run.ledger, settings.batch_size, settings.workers, progress)
-        rows[:] = [row for row in rows if row["image_id"] in embeddings]
-    captions, references = [row["caption"] for row in rows], [row["references"] for row in rows]
+    references = [list(row.captions) for row in rows]
+    lines = [
+        {"image_id": row.id, "caption": caption, "references": texts} for row, caption, texts in zip(rows, captions, references, strict=True)
+    ]
     scores, items = scoring.score_text(captions, references, settings.tokenize)
     scores |= scoring.variety(captions)
-    for row, item in zip(rows, items, strict=True):
-        row.update(item)
-    sources = [by_id[row["image_id"]] for row in rows]
     if scorer:
         import torch
 
         from captioner.clip_score import score_captions
 
-        scoring.embed_captions(scorer, [text for row in rows for text in (row["caption"], *row["references"])], progress)
-        corpus, items = score_captions(scorer, torch.stack([embeddings[row["image_id"]] for row in rows]), captions, references)
+        scoring.embed_captions(scorer, [text for own in zip(captions, references, strict=True) for text in (own[0], *own[1])], run.job.progress)
+        corpus, clip_items = score_captions(scorer, torch.stack([embeddings[row.id] for row in rows]), captions, references)
         scores |= corpus
-        for row, item in zip(rows, items, strict=True):
-            row.update(item | {"scorer": scorer.name})
-    if are_scenes(sources):
-        corpus, judgements = scoring.judge_scenes(captions, sources)
+        items = [item | clip_item | {"scorer": scorer.name} for item, clip_item in zip(items, clip_items, strict=True)]
+    if are_scenes(rows):
+        corpus, judgements = scoring.judge_scenes(captions, rows)
         scores |= corpus
-        for row, judgement in zip(rows, judgements, strict=True):
-            row["facts"] = dataclasses.asdict(judgement)
-    return scores
+        items = [item | {"facts": dataclasses.asdict(judgement)} for item, judgement in zip(items, judgements, strict=True)]
+    return scores, [line | item for line, item in zip(lines, items, strict=True)]
 
 
 def write_results(settings: Settings, directory: Path, rows: list[dict], scores: dict) -> None:
@@ -151,16 +138,17 @@ def write_results(settings: Settings, directory: Path, rows: list[dict], scores:
     write_json(directory / "scores.json", scores)
 
 
-def write_report(settings: Settings, run: OpenRun, directory: Path, rows: list[dict], scores: dict, attention: dict) -> None:
-    """report.html: pictures, references, captions with their scores and what each word looked at."""
+def write_report(settings: Settings, run: OpenRun, directory: Path, rows: list[dict], scores: dict, tokens: dict[str, list[int]]) -> None:
+    """report.html: pictures, references, captions with their scores and what each word looked at; tokens: of the captions, by image id."""
     from captioner import report
 
+    shown = rows[:REPORT_IMAGES]
+    attention = attention_of(run, settings, {row["image_id"]: tokens[row["image_id"]] for row in shown})
     by_id = {row.id: row for row in run.rows}
 
     def items() -> Iterator["report.Item"]:
-        for row in progress(rows[:REPORT_IMAGES], "report"):
-            words, maps = attention[row["image_id"]]
-            decoded = report.Decoded(settings.decode, row["caption"], scoring.item_scores(row), words, maps)
+        for row in run.job.progress(shown, "report"):
+            decoded = report.Decoded(settings.decode, row["caption"], scoring.item_scores(row), *attention.get(row["image_id"], ()))
             yield report.item_of(by_id[row["image_id"]], [decoded], run.transform)
 
     facts = {
@@ -188,8 +176,11 @@ def check(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    begun = time.perf_counter()
     settings = cli.parse_settings(Settings, argv, __doc__)
     check(settings)
+    if (settings.compare or settings.hypotheses) and place()[0]:
+        return cli.DONE  # work for the main process
     if settings.compare:
         found, notes = comparison.compare(*settings.compare, settings.tokenize, settings.draws, settings.seed, settings.limit)
         comparison.show(found, say)
@@ -198,35 +189,54 @@ def main(argv: list[str] | None = None) -> int:
         write_json(settings.json, found)
         return cli.DONE
     if settings.hypotheses:
-        scores, ledger = score_files(settings), []
-    else:
-        scores, ledger = evaluate_run(settings)
-    scoring.show(scores, say)
-    write_json(settings.json, scores)
-    if ledger:
-        say(ledger.summary())
-        return cli.SOME_BAD
-    return cli.DONE
+        scores = score_files(settings)
+        scoring.show(scores, say)
+        write_json(settings.json, scores)
+        return cli.DONE
+    with started(settings.device) as job:
+        run = journal = None
+        try:
+            run = open_run(settings, settings.num_beams if settings.decode == "beam" else 1, job)
+            scorer = load_scorer(settings, run)
+            directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-{settings.decode}")
+            names = CAPTION_SETTINGS + METHOD_SETTINGS[settings.decode]
+            with open_journal(run, settings, names, directory / "decoded.jsonl", line_fields(run)) as journal:
+                evaluate_run(settings, run, scorer, directory, journal, begun)
+        except Stopped as stopped:
+            say_stopped("evaluate.py", argv, settings, job, run, journal)
+            return 128 + stopped.number
+        if run.ledger:
+            say(run.ledger.summary())
+        return cli.SOME_BAD if job.processes.any(len(run.ledger) > 0) else cli.DONE
 
 
-def evaluate_run(settings: Settings):
-    """Decode a split, score it and write the results: (scores, ledger of bad images)."""
-    started = time.perf_counter()
-    run = open_run(settings, settings.num_beams if settings.decode == "beam" else 1)
-    scorer = load_scorer(settings, run)
-    say(f"{run.path}: {len(run.rows)} images of {settings.split}, {settings.decode}, {run.device}, {run.precisions}")
-    rows, attention = decode_split(settings, run)
-    scores = score_rows(settings, run, rows, scorer)
-    scores |= {
-        "decode": settings.decode, "decode_precision": run.decode_precision, "split": settings.split, "stack": run.stack,
-        "seconds": time.perf_counter() - started, "bad_images": run.ledger.to_list(),
-    }  # fmt: skip
-    directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-{settings.decode}")
-    write_results(settings, directory, rows, scores)
-    if settings.report:
-        write_report(settings, run, directory, rows, scores, attention)
-        say(f"report: {directory / 'report.html'}")
-    return scores | {"run": str(run.path), "captions": str(directory / "captions.jsonl")}, run.ledger
+def evaluate_run(settings: Settings, run: OpenRun, scorer, directory: Path, journal: Journal | None, begun: float) -> None:
+    """Caption a split, score the captions and write the results; until all is written, the journal keeps finished captions."""
+    kept = sum(row.id in journal.lines for row in run.rows) if journal else 0
+    going_on = f", {kept} of them captioned before" if kept else ""
+    say(f"{run.path}: {len(run.rows)} images of {settings.split}{going_on}, {settings.decode}, {run.device}, {run.precisions}")
+    rows = finish(run, settings, journal, settings.decode, functools.partial(caption_batch, settings, run))
+    embeddings = {}
+    if scorer:
+        from captioner.clip_score import embed_split
+
+        embeddings = embed_split(scorer, rows, run.ledger, settings.batch_size, settings.workers, run.job)
+        rows = [row for row in rows if row.id in embeddings]
+    with run.job.processes.main_first():
+        if journal:
+            scores, lines = score_rows(settings, run, rows, [journal.lines[row.id]["caption"] for row in rows], scorer, embeddings)
+            scores |= {
+                "decode": settings.decode, "decode_precision": run.decode_precision, "split": settings.split, "stack": run.stack,
+                "seconds": time.perf_counter() - begun, "bad_images": run.ledger.to_list(),
+            }  # fmt: skip
+            write_results(settings, directory, lines, scores)
+            if settings.report:
+                write_report(settings, run, directory, lines, scores, {row.id: journal.lines[row.id]["tokens"] for row in rows})
+                say(f"report: {directory / 'report.html'}")
+            scoring.show(scores, say)
+            write_json(settings.json, scores | {"run": str(run.path), "captions": str(directory / "captions.jsonl")})
+            if journal.lines.keys() <= {row.id for row in run.rows}:  # else a longer evaluation has yet to go on
+                journal.remove()
 
 
 if __name__ == "__main__":

@@ -4,46 +4,53 @@
     python train.py --preset base --data DATA                        CLIP ViT-B/16 and Flan-T5-base, frozen; bridge and LoRA trained
     python train.py --base runs/NAME --data DATA                     adapt a trained run, frozen, to other pictures or another style
     python train.py --lora-targets none --adapters attn,ffn          bottleneck adapters instead of LoRA; --soft-prompt, --base-bits 4: see the README
+    python train.py --resume auto --output runs/NAME …               go on where it was killed, or begin; --dry-run: only the checks before the first step
+    torchrun --nproc-per-node K train.py …                           K processes, each with a batch of its own
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
+import os
 import re
 import shutil
 import statistics
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from captioner import cli  # first: it sets how OpenMP threads wait
-from captioner.cli import progress, say, setting
+from captioner.cli import say, setting
 
 import torch  # noqa: I001
 from tqdm import tqdm
 
 import lora
-from captioner import checkpoint
+from captioner import checkpoint, checkpoint_store, preflight, provenance
 from captioner.backbones import Backbone, build_text, build_vision
-from captioner.errors import UsageError, UserError
+from captioner.errors import Stopped, UsageError, UserError
 from captioner.features import DeviceFeatures, FeatureStore
-from captioner.files import write_json
+from captioner.files import locked, write_json
 from captioner.frozen_vit import prepare_frozen
+from captioner.job import Job, started
 from captioner.model import Captioner
-from captioner.runtime import PeakMemory, cast_frozen, choose_device, choose_precision, recompute_blocks, versions
+from captioner.processes import Processes
+from captioner.run_config import checked_settings
+from captioner.runtime import PeakMemory, cast_frozen, choose_precision, recompute_blocks
 from captioner.t5 import input_groups
+from captioner.timm_vision import TimmVision
 from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.tracking import TRACKERS, open_tracker
 from captioner.trainer import Trainer
-from data.buckets import CaptionLengths, bucket_edges, bucketed_order
-from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loader
+from data.dataset import BadImageLedger, CaptionDataset, make_loader
 from data.images import BadImage
-from data.readers import BUILT_IN, read
+from data.readers import BY_NAME, absolute, read
 from data.rows import DataError, Row
+from data.schedule import TrainingSchedule
 from data.transforms import RESIZE_MODES
 
 
@@ -75,7 +82,8 @@ class Settings:
     resize_mode: str | None = setting(
         None, "how an image becomes square, if not the encoder's own way: short side and centre crop, long side and padding, or squashed whole", RESIZE_MODES
     )
-    data: str = setting("scenes", "folder with SPLIT/metadata.jsonl, or scenes (drawn)")
+    data: str = setting("scenes", "folder, file or shards (README: formats), a mixture A@2,B@1, or scenes (drawn); {split} in it stands for the split")
+    format: str | None = setting(None, "format of --data, if not told by its content", tuple(BY_NAME))
     train_split: str = setting("train", "split to train on")
     val_split: str = setting("val", "split to evaluate on")
     limit: int | None = setting(None, "use only the first N images of each split")
@@ -128,7 +136,14 @@ class Settings:
     report_to: str = setting("none", "also send the numbers of metrics.jsonl to a tracker", TRACKERS)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int | None = setting(None, "CPU threads of a product, if not PyTorch's choice")
-    resume: str | None = setting(None, "go on with this interrupted run, with its own settings")
+    save_every: int | None = setting(None, "also save a checkpoint every N steps, besides one before each evaluation")
+    keep_last: int = setting(2, "checkpoints that are kept, besides the best")
+    stop_on_collapse: bool = setting(False, "where captions collapse after a better evaluation, stop and leave the best checkpoint as the last")
+    dry_run: bool = setting(False, "only the checks before the first step: data, longest batch, gradients, writing a checkpoint; with --cache-features once all is encoded")
+    deterministic: bool = setting(False, "on CUDA only kernels that give the same bits twice; a CPU gives them anyway")
+    shard: bool = setting(False, "with torchrun: each process keeps a part of the weights (FSDP2), for backbones that do not fit one device")
+    resume: str | None = setting(None, "go on with this interrupted run, with its own settings; auto: with that of --output or the newest of these settings, else begin")
+    like: str | None = setting(None, "repeat this run: its settings, but for those given here, which must fit the same data")
     output: str | None = setting(None, "run directory (runs/PRESET-DATE-TIME if not given)")
     json: str | None = setting(None, "write a summary to this file, or - for stdout")
 
@@ -142,6 +157,10 @@ PRESETS = {
     "base": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-base"),
     "large": dict(vision="ViT-B-16-quickgelu:openai", text="google/flan-t5-large"),
 }
+
+
+# Settings that decide no weight: a run may be gone on with under others.
+FREE = {"resume", "output", "json", "device", "workers", "threads", "lora_kernel", "report_to", "save_every", "keep_last", "dry_run", "like", "features_on_device", "shard"}
 
 
 def get_lr(step: int, total: int, settings: Settings) -> float:
@@ -158,7 +177,7 @@ def check(settings: Settings) -> None:
     """Refuse settings that contradict each other; raises UsageError."""
     cli.require_positive(
         settings, "epochs", "batch_size", "grad_accumulation", "eval_images", "log_every", "max_caption_tokens", "vocab_size", "limit", "max_steps", "eval_every",
-        "threads", "adapter_reduction",
+        "threads", "adapter_reduction", "keep_last", "save_every",
     )  # fmt: skip
     adapted = set(settings.lora_where if settings.lora_targets else ()) | set(settings.adapter_where if settings.adapters else ())
     if settings.cache_features and "vision" in adapted | set(settings.train_base):
@@ -171,6 +190,10 @@ def check(settings: Settings) -> None:
     if settings.cuda_graphs and (settings.gradient_checkpointing or settings.grad_accumulation > 1):
         other = "--gradient-checkpointing" if settings.gradient_checkpointing else "--grad-accumulation"
         raise UsageError(f"--cuda-graphs and {other} exclude each other: both set the seed of dropout in the middle of a step")
+    if settings.dry_run and settings.resume:
+        raise UsageError("--dry-run checks the beginning of a training: drop --resume")
+    if settings.shard and settings.base_bits:
+        raise UsageError("--shard and --base-bits exclude each other: packed weights can not be shared out")
     if settings.base_bits and settings.train_base:
         raise UsageError("--base-bits keeps the backbones frozen: drop --train-base")
     for flags, needed in ((("adapter_where", "adapter_reduction", "adapter_style", "adapter_name"), "adapters"), (("prompt_where",), "soft_prompt")):
@@ -183,34 +206,102 @@ def check(settings: Settings) -> None:
 
 
 def resolve(argv: list[str] | None) -> Settings:
-    """Settings from the command line: preset, then flags; a resumed run brings its own."""
+    """Settings from the command line: preset, then flags; --resume RUN and --like RUN bring those of the run."""
     settings = cli.parse_settings(Settings, argv, __doc__, PRESETS)
-    if settings.resume:
-        if Path(settings.resume).is_file():
-            raise UserError(f"{settings.resume} is a file: an exported run holds no state of a training to go on with")
-        saved = checkpoint.read_config(settings.resume)["settings"]
-        extra = sorted(settings.given - {"resume", "device", "workers", "threads", "json", "preset", "lora_kernel"})
-        if extra:
-            raise UsageError(f"--resume keeps the settings of the run; remove --{extra[0].replace('_', '-')}")
-        restored = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        kept = {name: getattr(settings, name) for name in settings.given - {"preset"}}
-        settings = Settings(**(restored | {"json": None} | kept | {"output": settings.resume}))
-        settings.given = frozenset()
-    elif settings.base:
+    if settings.resume and settings.like:
+        raise UsageError("--resume goes on with a run and --like repeats one: give one of them")
+    if settings.resume not in (None, "auto"):
+        settings = settings_of_resumed(settings)
+    elif settings.like:
+        saved = saved_settings(settings.like)
+        given = {name: getattr(settings, name) for name in settings.given}
+        settings = with_given(Settings(**(saved | {"json": None, "output": None, "resume": None, "dry_run": False} | given)), settings.given)
+    if settings.base and settings.resume in (None, "auto"):
         extra = sorted(settings.given & {"vision", "text", "text_config", "tokenizer", "image_size", "resize_mode"})
         if extra:
             raise UsageError(f"--base brings both backbones and the size of its images; remove --{extra[0].replace('_', '-')}")
         settings.vision = settings.text = settings.text_config = None
-    elif "text" in settings.given and "text_config" in settings.given:
+    elif {"text", "text_config"} <= settings.given:
         raise UsageError("--text and --text-config exclude each other: trained weights or random ones")
     elif "text" in settings.given:
         settings.text_config = None
     elif "text_config" in settings.given:
         settings.text = None
-    if not settings.resume:
+    if settings.resume in (None, "auto") and not settings.like:
         fit_preset(settings)
     check(settings)
     return absolute_paths(settings)
+
+
+def with_given(settings: Settings, given: Iterable[str]) -> Settings:
+    """Settings that know which of them were on the command line."""
+    settings.given = frozenset(given)
+    return settings
+
+
+def saved_settings(run: str | Path) -> dict:
+    """The settings of a run by name. Raises UserError where they are none of this version."""
+    if Path(run).is_file():
+        raise UserError(f"{run} is a file: an exported run holds no state of a training")
+    return checked_settings(Settings, checkpoint.read_config(run)["settings"], f"{Path(run) / 'config.json'}: settings")
+
+
+def settings_of_resumed(settings: Settings) -> Settings:
+    """The settings of the run that --resume names, with those of FREE that are given. Raises UsageError where others are given."""
+    saved = saved_settings(settings.resume)
+    extra = sorted(settings.given - (FREE - {"output"}))
+    if extra:
+        raise UsageError(f"--resume keeps the settings of the run; remove --{extra[0].replace('_', '-')}")
+    kept = {name: getattr(settings, name) for name in settings.given}
+    return with_given(Settings(**(saved | {"json": None, "dry_run": False} | kept | {"output": settings.resume})), ())
+
+
+def choose_run(settings: Settings) -> tuple[str, bool]:
+    """(the run's directory, whether it is there and is gone on with). Raises UserError where it holds a run that is not to be gone on with."""
+    run = Path(settings.output or f"runs/{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--output {run} is a file, not a directory")
+    if settings.resume == "auto" and settings.output is None:
+        unfinished = newest_unfinished(settings)
+        return str(unfinished or run), unfinished is not None
+    is_there = (run / "config.json").is_file()
+    if settings.resume == "auto" and is_there and (other := differing(settings, run)):
+        raise UserError(f"{run} holds a run with another --{other.replace('_', '-')}: choose another --output")
+    if settings.resume is None and is_there:
+        raise UserError(f"{run} already holds a run: choose another --output, or go on with it by --resume {run}")
+    if not is_there and checkpoint_store.present(run):
+        raise UserError(f"{run} holds checkpoints and no config.json: choose another --output")
+    return str(run), is_there
+
+
+def is_complete(run: Path) -> bool:
+    """Whether a directory holds a trained model at its top."""
+    return (run / "bridge.safetensors").exists()
+
+
+def newest_unfinished(settings: Settings, root: Path = Path("runs")) -> Path | None:
+    """The newest run under root of these settings that is not at its end; what can not be gone on with is another run, and damaged ones are named."""
+    configs = sorted(root.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for run in (path.parent for path in configs):
+        try:
+            if differing(settings, run) is not None:
+                continue
+        except UserError:  # of another version
+            continue
+        try:
+            saved = checkpoint_store.newest(run)
+        except UserError as error:
+            say(f"not gone on with: {error}")
+            continue
+        if not is_complete(run) if saved is None else saved.state.get("finished") is not True:
+            return run
+    return None
+
+
+def differing(settings: Settings, run: Path) -> str | None:
+    """A setting in which a run differs from these, but for those of FREE; None where it is the same training."""
+    saved = saved_settings(run)
+    return next((name for name, value in dataclasses.asdict(settings).items() if name not in FREE and saved.get(name, getattr(Settings, name)) != value), None)
 
 
 def fit_preset(settings: Settings) -> None:
@@ -231,13 +322,15 @@ def absolute_paths(settings: Settings) -> Settings:
     name, _, source = (settings.vision or "").partition(":")
     if source and Path(source).exists():
         settings.vision = f"{name}:{Path(source).resolve()}"
-    if settings.data not in BUILT_IN and Path(settings.data).is_dir():
-        settings.data = str(Path(settings.data).resolve())
+    settings.data = absolute(settings.data)
     return settings
 
 
-def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Captioner, Tokenizer, Backbone, dict]:
-    """Model and tokenizer, the image encoder as a `Backbone` (for its transform), and the facts from which `checkpoint.load` rebuilds them."""
+def build(settings: Settings, rows: list[Row], directory: Path, learns: bool = True) -> tuple[Captioner, Tokenizer, Backbone, dict]:
+    """Model and tokenizer, the image encoder as a `Backbone` (for its transform), and the facts from which `checkpoint.load` rebuilds them.
+
+    learns: whether this process is the one that learns the vocabulary, where one is to be learned.
+    """
     trained = set(settings.train_base)
     if settings.base:
         facts = checkpoint.read_config(settings.base)["model"]
@@ -260,7 +353,8 @@ def build(settings: Settings, rows: list[Row], directory: Path) -> tuple[Caption
         tokenizer_path = settings.tokenizer
         if settings.text_config and not tokenizer_path:
             tokenizer_path = directory / "spiece.model"
-            train_tokenizer([caption for row in rows for caption in row.captions], tokenizer_path, settings.vocab_size)
+            if learns:
+                train_tokenizer([caption for row in rows for caption in row.captions], tokenizer_path, settings.vocab_size)
         text = build_text(settings.text, settings.text_config, tokenizer_path)
         tokenizer = text.tokenizer
         model = Captioner(vision.module, text.module)
@@ -321,6 +415,11 @@ def choose_trainable(model: Captioner, settings: Settings, facts: dict) -> dict[
     whole = ["bridge", *(name for part in settings.train_base for name in (text if part == "text" else [part]))]
     with checkpoint.translated(UsageError):
         trainable = lora.set_trainable(model, whole, facts["frozen"])
+    behind = {f"vision.{name}" for name in model.vision.behind_tokens()} & trainable.keys() if isinstance(model.vision, TimmVision) else ()
+    for name in behind:
+        trainable.pop(name).requires_grad_(False)
+    if behind:
+        say(f"{len(behind)} parameters of the image encoder stand behind its tokens, where no gradient reaches them, and are not trained: {min(behind)}, …")
     if not trainable:
         raise UsageError("nothing is left to train: --freeze names every part")
     if settings.cache_features and any(name.startswith("vision.") for name in trainable):
@@ -343,167 +442,322 @@ def lay_out(model: Captioner) -> None:
     lora.lay_out(group for stack in stacks for block in stack.blocks for group in input_groups(block))
 
 
+def make(run: Path) -> bool:
+    """Make the directory of a run; whether it was not there before."""
+    try:
+        run.mkdir(parents=True)
+        return True
+    except FileExistsError:
+        return False
+
+
 @contextlib.contextmanager
-def made(run: Path):
-    """Make the directory of a run; after an error in the block it is gone again, if it was not there before."""
-    is_new = not run.exists()
-    run.mkdir(parents=True, exist_ok=True)
+def gone_unless_begun(run: Path, is_new: bool, stays: bool):
+    """After an error in the block, or where it does not stay, a new directory is gone again."""
+    done = False
     try:
         yield
-    except BaseException:
-        if is_new:
+        done = stays
+    finally:
+        if is_new and not done:
             shutil.rmtree(run, ignore_errors=True)
-        raise
 
 
-def run_directory(settings: Settings) -> Path:
-    """The run's directory; raises UserError where it already holds a run."""
-    run = Path(settings.output or f"runs/{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if settings.resume is None and (run / "config.json").exists():
-        raise UserError(f"{run} already holds a run: choose another --output, or go on with it by --resume {run}")
-    return run
-
-
-def main(argv: list[str] | None = None) -> int:
-    settings = resolve(argv)
-    started = time.perf_counter()
-    device = choose_device(settings.device)
-    if settings.cuda_graphs and device.type != "cuda":
-        raise UsageError(f"--cuda-graphs needs a CUDA device, not {device}")
-    precision = choose_precision(settings.precision, device)
+def settle(settings: Settings, device: torch.device, processes: Processes) -> None:
+    """What holds for the whole process: seed, threads, kernels. Raises UsageError for what the device or the number of processes rules out."""
+    if settings.cuda_graphs and (device.type != "cuda" or processes.count > 1):
+        raise UsageError("--cuda-graphs needs one process" if processes.count > 1 else f"--cuda-graphs needs a CUDA device, not {device}")
+    if settings.shard and processes.count == 1:
+        raise UsageError("--shard needs several processes: torchrun --nproc-per-node K train.py …; --no-shard goes on in one")
     torch.manual_seed(settings.seed)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    train_rows = read(settings.data, settings.train_split)[: settings.limit]
-    val_rows = read(settings.data, settings.val_split)[: settings.limit][: settings.eval_images]
-    run = run_directory(settings)
-    ledger = BadImageLedger(settings.on_bad, say)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
-    if settings.resume:
+
+def micro_batches(settings: Settings, run: Path, goes_on: bool, processes: Processes) -> int:
+    """Micro-batches of an optimiser step over all processes; a run that goes on, or is repeated, keeps its number.
+
+    Raises UsageError where that can not be dealt to the processes evenly.
+    """
+    source = run if goes_on else settings.like if "grad_accumulation" not in settings.given else None
+    total = checkpoint.read_config(source).get("micro_batches", settings.grad_accumulation) if source else settings.grad_accumulation * processes.count
+    if total % processes.count:
+        raise UsageError(f"a step of {source} has {total} micro-batches, which can not be dealt to {processes.count} processes evenly")
+    return total
+
+
+def open_model(settings: Settings, rows: list[Row], run: Path, saved: checkpoint_store.Checkpoint | None, processes: Processes, device: torch.device, precision: str):
+    """(model, tokenizer, image encoder, facts, trainable): built from the settings, or those of a checkpoint."""
+    if saved is not None:
         facts = checkpoint.read_config(run)["model"]
-        model, tokenizer, transform = checkpoint.load(run, checkpoint="last")
+        model, tokenizer, transform = checkpoint.load(run, checkpoint=saved.path.name)
         vision = checkpoint.vision_backbone(model, transform, facts)
-        trainable = choose_trainable(model, settings, facts)
-        choose_kernel(model, settings, device, precision)
     else:
-        with made(run):
-            model, tokenizer, vision, facts = build(settings, train_rows, run)
-            add_parts(model, tokenizer, settings, facts)
-            trainable = choose_trainable(model, settings, facts)
-            choose_kernel(model, settings, device, precision)
+        with processes.main_first():
+            model, tokenizer, vision, facts = build(settings, rows, run, learns=processes.is_main)
+        add_parts(model, tokenizer, settings, facts)
+    trainable = choose_trainable(model, settings, facts)
+    if processes.count > 1 and any(name.startswith("vision.") for name in trainable) and any("BatchNorm" in type(module).__name__ for module in model.vision.modules()):
+        raise UsageError(f"{vision.name} has batch norms, whose statistics would differ between processes: keep it frozen, or train in one process")
+    choose_kernel(model, settings, device, precision)
     if settings.dropout is not None:
         model.text.set_dropout(settings.dropout)
     say(lora.format_parameter_table(lora.parameter_table(model, trainable)))
+    return model, tokenizer, vision, facts, trainable
 
-    store = None
-    if settings.cache_features:
-        store = FeatureStore(Path(settings.cache_features), vision, precision, checkpoint.vision_stack(model))
-        store.prepare(train_rows + val_rows, ledger, device, settings.workers, progress=progress)
-    model.to(device)
-    if precision == "bf16" and store is None and not any(name.startswith("vision.") for name in trainable):
+
+def compare_records(settings: Settings, run: Path, goes_on: bool, record: dict, facts: dict) -> None:
+    """Say in what a run that goes on or is repeated differs from what it was. Raises UserError where it has other data or weights than the one it repeats."""
+    source = run if goes_on else settings.like
+    if not source:
+        return
+    config = checkpoint.read_config(source)
+    found = provenance.differences(config, record)
+    repeats = settings.like and not goes_on
+    if repeats and not settings.given & {"data", "train_split", "val_split", "limit", "eval_images"}:
+        other = next((line for line in found if line.startswith("data") and "not recorded there" not in line), None)
+        if other:
+            raise UserError(f"{source} can not be repeated: {other}")
+    if repeats and not settings.given & {"vision", "text", "text_config", "base"}:
+        for part in ("vision", "text"):
+            loaded = not (config["model"][part]["embedded"] or facts[part]["embedded"])
+            if loaded and config["model"][part]["hash"] != facts[part]["hash"]:
+                raise UserError(f"{source} can not be repeated: the weights of {part} {facts[part]['name']} are others than its own")
+    for line in found:
+        say(f"unlike {source}: {line}")
+
+
+def place_weights(model: Captioner, trainable: dict, facts: dict, settings: Settings, device: torch.device, precision: str, from_store: bool) -> None:
+    """Move the model to the device and keep its frozen weights as training reads them fastest. With --shard it stays where it is until it is shared out."""
+    if not settings.shard:
+        model.to(device)
+    if precision == "bf16" and not settings.shard and not from_store and not any(name.startswith("vision.") for name in trainable):
         prepare_frozen(model.vision, torch.bfloat16)
     for part in ("vision", "text") if precision == "bf16" else ():
         # Weights that travel with the run are saved from here, so they are never rounded.
         if not facts[part]["embedded"]:
             cast_frozen(model.get_submodule(part), torch.bfloat16, keep=lora.adapter_parameters(model).values())
-    if "text" not in settings.train_base:
+    if "text" not in settings.train_base and not settings.shard:
         lay_out(model)
     if settings.gradient_checkpointing:
         say(f"{recompute_blocks(model)} Transformer blocks are computed again in the backward pass")
 
-    if store is not None and settings.features_on_device and DeviceFeatures.fit(store, train_rows + val_rows, device):
-        store = DeviceFeatures(store, train_rows + val_rows, device)
-        say(f"features of {len(store.tokens)} images kept in the memory of {device} ({store.tokens.nbytes / 2**30:.1f} GiB)")
 
-    tracker = open_tracker(settings.report_to, run, dataclasses.asdict(settings))
-    trainer = Trainer(settings, run, model, tokenizer, trainable, facts, device, precision, tracker, val_rows, functools.partial(lora.seed_dropout, model))
-    if settings.resume:
-        trainer.restore()
-    else:
-        checkpoint.write_config(run, dataclasses.asdict(settings), facts, versions())
-    steps_per_epoch = math.ceil(math.ceil(len(train_rows) / settings.batch_size) / settings.grad_accumulation)
-    total = settings.max_steps or settings.epochs * steps_per_epoch
-    eval_every = settings.eval_every or steps_per_epoch
-    say(f"{run}: {len(train_rows)} images, {total} steps of {settings.batch_size * settings.grad_accumulation} images, {device}, {precision}")
-    train_data = CaptionDataset(train_rows, vision.transform, store)
-    val_data = CaptionDataset(val_rows, vision.transform, store)
+def cached_features(settings: Settings, vision: Backbone, precision: str, model: Captioner, rows: list[Row], ledger: BadImageLedger, job: Job) -> FeatureStore:
+    """The features of all rows on disk, encoded by the main process where they are missing."""
 
-    def val_batches() -> Iterable[dict]:
-        return make_loader(val_data, tokenizer.encode, settings.batch_size, range(len(val_rows)), settings.workers, "all", ledger=ledger)
+    def prepared() -> FeatureStore:
+        store = FeatureStore(Path(settings.cache_features), vision, precision, checkpoint.vision_stack(model))
+        with contextlib.suppress(Stopped):
+            store.prepare(rows, ledger, job.device, settings.workers, progress=job.progress)
+        return store
 
-    edges = bucket_edges(settings.max_caption_tokens)
-    lengths = CaptionLengths(train_rows, tokenizer.encode, settings.max_caption_tokens) if settings.length_buckets else None
+    store = prepared() if job.processes.is_main else None
+    job.check()
+    return store or prepared()
 
-    def train_order(epoch: int) -> list[int]:
-        """The images of an epoch, those of a step having captions of about the same length."""
-        order = epoch_order(len(train_rows), settings.seed, epoch)
-        if lengths is None:
-            return order
-        tokens = lengths.of_epoch(settings.captions_per_image, settings.seed, epoch)
-        return bucketed_order(order, tokens, edges, settings.batch_size * settings.grad_accumulation, settings.seed, epoch)
 
-    def train_batches() -> Iterable[list[dict]]:
-        """The micro-batches of each step from the current one on, epoch after epoch."""
-        for epoch in itertools.count(trainer.state.step // steps_per_epoch):
-            loader = make_loader(
-                train_data, tokenizer.encode, settings.batch_size, train_order(epoch), settings.workers,
-                settings.captions_per_image, seed=settings.seed, epoch=epoch, max_caption_tokens=settings.max_caption_tokens,
-                start_batch=max(0, trainer.state.step - epoch * steps_per_epoch) * settings.grad_accumulation, ledger=ledger,
-                widths=edges if settings.cuda_graphs else (),
-            )  # fmt: skip
-            empty = True
-            for _, group in itertools.groupby(loader, key=lambda batch: batch["batch_index"] // settings.grad_accumulation):
-                empty = False
-                yield list(group)
-            if empty and trainer.state.step % steps_per_epoch == 0:
-                raise UserError("no image of the training split can be read")
+def trainer_kind(settings: Settings) -> type[Trainer]:
+    """The class of the trainer."""
+    if not settings.shard:
+        return Trainer
+    from captioner.sharding import ShardedTrainer  # brings along half of torch.distributed
 
-    scores: dict = {}
-    step_seconds: list[float] = []
-    memory = PeakMemory(device)
-    with cli.StopSignal() as stop, tqdm(total=total, initial=trainer.state.step, disable=None, unit="step", dynamic_ncols=True) as bar:
-        window_start, window_images, window_loss = time.perf_counter(), 0, []
-        if trainer.state.step == 0:
-            scores = trainer.evaluate_and_save(val_batches())
-        for batches in train_batches() if trainer.state.step < total else ():
-            lr = get_lr(trainer.state.step, total, settings)
-            step_start = time.perf_counter()
-            loss, norm = trainer.train_step(batches, lr)
-            step_seconds.append(time.perf_counter() - step_start)
-            window_images, window_loss = window_images + sum(len(batch["ids"]) for batch in batches), [*window_loss, loss]
-            step, last = trainer.state.step, trainer.state.step == total
-            bar.update()
-            if step % settings.log_every == 0 or last:
-                speed = window_images / (time.perf_counter() - window_start)
-                values = {"loss": sum(window_loss) / len(window_loss), "lr": lr, "grad_norm": norm, "images_per_s": speed}
-                trainer.log("train", values, epoch=step / steps_per_epoch)
-                bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} images/s")
-                if bar.disable and (step % (10 * settings.log_every) == 0 or last):
-                    left = (total - step) * (time.perf_counter() - window_start) / len(window_loss)
-                    say(f"step {step}/{total}: loss {values['loss']:.4f}, {speed:.1f} images/s, {tqdm.format_interval(left)} left")
-                window_start, window_images, window_loss = time.perf_counter(), 0, []
-            if step % eval_every == 0 or last:
-                scores = trainer.evaluate_and_save(val_batches())
-                window_start = time.perf_counter()
-            if last or stop.number is not None:
-                break
-        if stop.number is not None:
-            trainer.save(is_best=False)
-            say(f"stopped after step {trainer.state.step}; go on with: python train.py --resume {run}")
-            return stop.exit_code
+    return ShardedTrainer
 
-    seconds = time.perf_counter() - started
-    say(f"done in {tqdm.format_interval(seconds)}: {run} (best step {trainer.state.best_step})")
+
+def check_before_step_1(trainer: Trainer, schedule: TrainingSchedule) -> None:
+    """The longest batch forward and backward with its memory, every gradient, and a checkpoint written and read. Raises UserError that names what is wrong."""
+    settings, begun = trainer.settings, time.perf_counter()
+    rows = preflight.longest_rows(schedule.lengths, settings.captions_per_image, settings.batch_size)
+    loader = make_loader(
+        schedule.dataset, schedule.encode, settings.batch_size, rows, 0, "all", max_caption_tokens=settings.max_caption_tokens, ledger=schedule.ledger,
+        widths=schedule.edges if schedule.same_widths else (),
+    )  # fmt: skip
+    batch = preflight.worst_batch(loader, settings.captions_per_image, min(settings.batch_size, len(rows)))
+    tokens = batch["labels"].shape[-1]
+    what = f"{len(batch['ids'])} images x {batch['labels'].shape[1]} captions x {tokens} tokens"
+    indifferent = preflight.one_key_parameters(trainer.model, trainer.trainable, tokens)
+
+    def try_step() -> None:
+        moments = preflight.moments_like(trainer.trainable)  # held meanwhile, as the optimiser will hold them
+        preflight.check_gradients(trainer.model, trainer.trainable, functools.partial(trainer.try_batch, batch), indifferent)
+        del moments
+
+    cost = preflight.measured(
+        try_step, trainer.device, what, preflight.smaller_batches(settings.batch_size, settings.grad_accumulation, settings.gradient_checkpointing),
+    )  # fmt: skip
+    trainer.try_saving()
+    trainer.processes.wait()
+    say(f"checked in {time.perf_counter() - begun:.1f} s: {preflight.describe_cost(what, cost)}; checkpoint, {preflight.in_units(trainer.checkpoint_bytes)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    settings = resolve(argv)
+    with started(settings.device) as job:
+        with job.processes.main_first():
+            chosen = choose_run(settings) if job.processes.is_main else None
+        run, goes_on = job.processes.share(chosen)
+        try:
+            with job.processes.together() if job.processes.count > 1 else contextlib.nullcontext():
+                return train(settings, Path(run), goes_on, job, sys.argv[1:] if argv is None else argv)
+        except Stopped as stopped:
+            is_saved = bool(checkpoint_store.present(Path(run)))
+            go_on = f"go on with: {job.command('train.py', ['--resume', run])}"
+            say(f"stopped; {go_on}" if is_saved else "stopped before the first checkpoint; begin again by the same command")
+            return 128 + stopped.number
+
+
+def read_captioned(settings: Settings, split: str) -> list[Row]:
+    """The rows of a split, up to the limit. Raises DataError for one without a caption, such as a question with its answer."""
+    rows = read(settings.data, split, settings.format)[: settings.limit]
+    lacking = next((row for row in rows if not row.captions), None)
+    if lacking is not None:
+        raise DataError(f"row {lacking.id!r} of {settings.data}, split {split!r}, has no caption: it is a question with its answer")
+    return rows
+
+
+def train(settings: Settings, run: Path, goes_on: bool, job: Job, argv: list[str]) -> int:
+    """A whole training, from the data to the summary; returns the exit code."""
+    begun, processes, device = time.perf_counter(), job.processes, job.device
+    settle(settings, device, processes)
+    precision = choose_precision(settings.precision, device)
+    train_rows, val_rows = (read_captioned(settings, split) for split in (settings.train_split, settings.val_split))
+    val_rows = val_rows[: settings.eval_images]
+    ledger = BadImageLedger(settings.on_bad, say)
+    per_step = micro_batches(settings, run, goes_on, processes)
+
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as beginning:
+        if processes.is_main:
+            is_new = make(run)
+            stack.enter_context(locked(run / ".lock"))
+            beginning.enter_context(gone_unless_begun(run, is_new, stays=not settings.dry_run))
+        processes.wait()
+        saved = checkpoint_store.newest(run, say) if goes_on else None
+        if goes_on and saved is None and is_complete(run):
+            raise UserError(f"{run} has no checkpoint to go on from: it was exported, or trained by an older version")
+        model, tokenizer, vision, facts, trainable = open_model(settings, train_rows, run, saved, processes, device, precision)
+        record = provenance.describe(argv, {settings.val_split: val_rows, settings.train_split: train_rows}) | {"processes": processes.count, "micro_batches": per_step}
+        compare_records(settings, run, goes_on, record, facts)
+        job.check()
+        store = cached_features(settings, vision, precision, model, train_rows + val_rows, ledger, job) if settings.cache_features else None
+        place_weights(model, trainable, facts, settings, device, precision, from_store=store is not None)
+        if store is not None and settings.features_on_device and DeviceFeatures.fit(store, train_rows + val_rows, device):
+            store = DeviceFeatures(store, train_rows + val_rows, device)
+            say(f"features of {len(store.tokens)} images kept in the memory of {device} ({store.tokens.nbytes / 2**30:.1f} GiB)")
+        share = (processes.rank, processes.count)
+        schedule = TrainingSchedule(
+            CaptionDataset(train_rows, vision.transform, store), tokenizer.encode, settings.batch_size, per_step, settings.captions_per_image, settings.seed,
+            settings.max_caption_tokens, settings.length_buckets, settings.cuda_graphs, settings.workers, ledger, share,
+        )  # fmt: skip
+        val_data = CaptionDataset(val_rows, vision.transform, store)
+        tracker = open_tracker(settings.report_to if processes.is_main and not settings.dry_run else "none", run, dataclasses.asdict(settings))
+        trainer = trainer_kind(settings)(
+            settings, run, model, tokenizer, trainable, facts, device, precision, tracker, val_rows, functools.partial(lora.seed_dropout, model), processes,
+            ledger, per_step,
+        )  # fmt: skip
+        if saved is not None:
+            trainer.restore(saved)
+        else:
+            check_before_step_1(trainer, schedule)
+        job.check()
+        if settings.dry_run:
+            say("everything that is checked before the first step is in order")
+            return cli.DONE
+        if saved is None and processes.is_main:
+            for name in ("metrics.jsonl", "timing.jsonl"):  # of a beginning that left no checkpoint
+                (run / name).unlink(missing_ok=True)
+            checkpoint.write_config(run, dataclasses.asdict(settings), facts, record)
+        beginning.close()
+
+        total = settings.max_steps or settings.epochs * schedule.turns_per_epoch
+        say(f"{run}: {len(train_rows)} images, {total} steps of {settings.batch_size * per_step} images, {device}, {precision}")
+
+        def val_batches() -> Iterable[dict | None]:
+            loader = make_loader(val_data, tokenizer.encode, settings.batch_size, range(len(val_rows)), settings.workers, "all", ledger=ledger, share=share)
+            return job.turns(loader, "evaluation")
+
+        memory = PeakMemory(device)
+        with job.one_ledger(ledger, train_rows + val_rows):
+            seconds = run_steps(trainer, schedule, val_batches, total, job)
+
+    spent = time.perf_counter() - begun
+    say(f"done in {tqdm.format_interval(spent)}: {run} (best step {trainer.state.best_step})")
     summary = {
-        "run": str(run), "steps": trainer.state.step, "best_step": trainer.state.best_step, "val": scores, "seconds": seconds, "bad_images": ledger.to_list(),
-        "trainable": sum(parameter.numel() for parameter in trainable.values()),
-        "step_seconds": statistics.median(step_seconds) if step_seconds else None, "peak_memory_bytes": memory.bytes(),
+        "run": str(run), "steps": trainer.state.step, "best_step": trainer.state.best_step, "val": trainer.state.scores, "seconds": spent,
+        "bad_images": ledger.to_list(), "trainable": sum(parameter.numel() for parameter in trainer.trainable.values()),
+        "step_seconds": statistics.median(seconds) if seconds else None, "peak_memory_bytes": memory.bytes(),
     }  # fmt: skip
-    write_json(settings.json, summary)
+    if processes.is_main:
+        write_json(settings.json, summary)
     if ledger:
         say(ledger.summary())
-        return cli.SOME_BAD
-    return cli.DONE
+    return cli.SOME_BAD if ledger else cli.DONE
+
+
+def run_steps(trainer: Trainer, schedule: TrainingSchedule, val_batches: Callable[[], Iterable[dict | None]], total: int, job: Job) -> list[float]:
+    """The training loop, from where the trainer's state is to step `total`, with its evaluations; the seconds of each step.
+
+    val_batches: this process's batches of an evaluation, None in turns without one. Raises Stopped after a signal, once a resume can go on from there, and UserError where captions collapse and --stop-on-collapse is given.
+    """
+    settings, state, processes = trainer.settings, trainer.state, trainer.processes
+    eval_every = settings.eval_every or schedule.turns_per_epoch
+    seconds, unreadable = [], 0
+
+    def evaluate_if_due() -> None:
+        if state.step == state.evaluated or (state.step % eval_every and state.step < total):
+            return
+        found = trainer.evaluate_and_save(val_batches(), total)
+        if found and found.since_best and settings.stop_on_collapse:
+            trainer.roll_back()
+            raise UserError(f"stopped at step {state.step}, {trainer.run} is back at step {state.best_step}, its best")
+
+    if state.step > total:
+        raise UserError(f"{trainer.run} is at step {state.step} of a training that has {total} with the present data")
+    evaluate_if_due()
+    if state.step == total:
+        return seconds
+    bar = tqdm(total=total, initial=state.step, disable=None if processes.is_main else True, unit="step", dynamic_ncols=True)
+    with bar:
+        window_start, window_images, window_steps = time.perf_counter(), 0, 0
+        for batches in schedule.turns(state.turns):
+            images, asked = processes.sum([sum(len(batch["ids"]) for batch in batches), job.stop.number is not None])
+            if asked:
+                trainer.save()
+                job.check()
+            state.turns += 1
+            unreadable = 0 if images else unreadable + 1
+            if unreadable == schedule.turns_per_epoch:
+                raise UserError("no image of the training split can be read")
+            if not images:
+                continue
+            lr = get_lr(state.step, total, settings)
+            step_start = time.perf_counter()
+            loss, norm = trainer.train_step(batches, lr)
+            seconds.append(time.perf_counter() - step_start)
+            state.losses.append(loss)
+            window_images, window_steps, step = window_images + images, window_steps + 1, state.step
+            bar.update()
+            if step % settings.log_every == 0 or step == total:
+                mean, speed = sum(state.losses) / len(state.losses), window_images / (time.perf_counter() - window_start)
+                state.losses.clear()
+                trainer.log("train", {"loss": mean, "lr": lr, "grad_norm": norm}, epoch=state.turns / schedule.turns_per_epoch)
+                trainer.log_times({"images_per_s": speed})
+                bar.set_postfix_str(f"loss {mean:.3f}, {speed:.0f} images/s")
+                if bar.disable and (step % (10 * settings.log_every) == 0 or step == total):
+                    left = (total - step) * (time.perf_counter() - window_start) / window_steps
+                    say(f"step {step}/{total}: loss {mean:.4f}, {speed:.1f} images/s, {tqdm.format_interval(left)} left")
+                window_start, window_images, window_steps = time.perf_counter(), 0, 0
+            if settings.save_every and step % settings.save_every == 0:
+                trainer.save()
+            evaluate_if_due()
+            if step == state.evaluated:
+                window_start = time.perf_counter()
+            if step == total:
+                return seconds
 
 
 if __name__ == "__main__":

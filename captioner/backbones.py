@@ -1,12 +1,13 @@
 """Backbones by name: a flag's value becomes a module, with what prepares its input and a fingerprint of its weights."""
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.errors import UserError
+from captioner.files import read_json
+from captioner.run_config import LARGEST_IMAGE, TRANSFORM, check_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from captioner.t5 import T5
     from captioner.tokenizer import Tokenizer
     from captioner.vit import VisionConfig, VisionTransformer
+
+LARGEST_TABLE = 2**27  # numbers of a position table, half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,49 @@ def build_vision(spec: str, image_size: int | None = None) -> Backbone:
     name, _, weights = spec.partition(":")
     if spec.endswith(":"):
         raise UserError(f"{spec!r} ends in a colon: write NAME or NAME:WEIGHTS")
+    if image_size is not None and image_size > LARGEST_IMAGE:
+        raise UserError(f"images of {image_size} pixels are larger than {LARGEST_IMAGE}")
     if name.startswith("timm/"):
         return _build_timm(name, weights or None, image_size)
     return _build_vit(name.replace("/", "-"), weights or None, image_size)
+
+
+def build_own_vision(name: str, image_size: int, path: Path) -> Backbone:
+    """The image tower NAME with the weights of a safetensors file under our own names, as `build_vision`.
+
+    Raises UserError where they do not fit, before anything of the size that the name stands for is allocated.
+    """
+    import torch
+
+    from captioner.vit import VisionConfig, VisionTransformer
+    from captioner.weights import fingerprint, load_into, read_state_dict
+    from data.transforms import ImageTransform
+
+    state = read_state_dict(path)
+    if name.startswith("timm/"):
+        _check_timm_size(name.removeprefix("timm/"), state, path)
+        built = build_vision(name, image_size)
+        load_into(built.module, state, None, "vision")
+        return replace(built, weights_hash=fingerprint(built.module))
+    config = VisionConfig.from_name(name.replace("/", "-"), image_size)
+    with torch.device("meta"):
+        module = VisionTransformer(config).eval()
+    load_into(module, state, None, "vision")
+    return Backbone(module, ImageTransform(config.image_size), name, str(path), fingerprint(module))
+
+
+def _check_timm_size(name: str, state: dict, path: Path) -> None:
+    """Raises UserError where a file holds far fewer numbers than a timm architecture has."""
+    import timm
+    import torch
+
+    if not timm.is_model(name.partition(".")[0]):
+        return  # build_vision says so
+    with torch.device("meta"):
+        trunk = timm.create_model(name.partition(".")[0], pretrained=False, num_classes=0)
+    needed, held = (sum(tensor.numel() for tensor in tensors) for tensors in (trunk.state_dict().values(), state.values()))
+    if needed > 2 * held:
+        raise UserError(f"{path} does not fit timm/{name}: it holds {held:,} numbers, not {needed:,}")
 
 
 def _build_timm(name: str, weights: str | None, image_size: int | None) -> Backbone:
@@ -66,11 +109,8 @@ def _build_vit(name: str, weights: str | None, image_size: int | None) -> Backbo
     if is_hf_clip(state):
         preprocess |= _hf_clip_settings(name, config, Path(source))
     module = load_vit(config, state, source)
-    try:
-        transform = ImageTransform(config.image_size, **preprocess)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the image settings beside {source} cannot be used: {error}") from error
-    return Backbone(module, transform, name, weights, fingerprint(module))
+    check_object(preprocess, {key: TRANSFORM[key] for key in preprocess}, f"the image settings beside {source} cannot be used: preprocessing")
+    return Backbone(module, ImageTransform(config.image_size, **preprocess), name, weights, fingerprint(module))
 
 
 def load_vit(config: "VisionConfig", state: dict, source: str) -> "VisionTransformer":
@@ -84,8 +124,10 @@ def load_vit(config: "VisionConfig", state: dict, source: str) -> "VisionTransfo
     from captioner.weights import HF_CLIP_VISION, OPEN_CLIP_VIT, is_hf_clip, load_into
 
     names = HF_CLIP_VISION if is_hf_clip(state) else OPEN_CLIP_VIT
+    if config.num_tokens * config.width > LARGEST_TABLE:
+        raise UserError(f"images of {config.image_size} pixels are {config.num_tokens:,} tokens of width {config.width}, more than fit into memory")
     for key in [donor for donor, ours in names.items() if ours == "position_embedding"]:
-        if key in state and state[key].ndim == 2:
+        if key in state and state[key].ndim == 2 and len(state[key]) > 1 and state[key].shape[1] == config.width and state[key].is_floating_point():
             state = state | {key: resize_positions(state[key], config.grid_size)}
     with torch.device("meta"):  # no time spent on random numbers that the weights replace
         module = VisionTransformer(config).eval()
@@ -138,8 +180,11 @@ def clip_weights(name: str, weights: str) -> tuple[dict, dict, str]:
     state = read_state_dict(path)
     config_file = (path if path.is_dir() else path.parent) / "open_clip_config.json"
     if not tag and config_file.is_file():
-        preprocess = open_clip_preprocess(config_file)
-        model = json.loads(config_file.read_text(encoding="utf-8")).get("model_cfg", {})
+        values = read_json(config_file)
+        parts = [values.get(key, {}) for key in ("preprocess_cfg", "model_cfg")] if isinstance(values, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"{config_file}: not a JSON object with objects preprocess_cfg and model_cfg")
+        preprocess, model = open_clip_preprocess(config_file), parts[1]
         _check_activation(name, tower_is_quick, bool(model.get("quick_gelu")), str(config_file))
     if state and all(key.startswith("module.") for key in state):
         # Checkpoints of open_clip's distributed training.
@@ -220,7 +265,6 @@ def _random_text(config: str, tokenizer_path: str | Path | None) -> TextBackbone
 
 
 def _trained_text(spec: str, tokenizer_path: str | Path | None) -> TextBackbone:
-    from captioner.files import read_json
     from captioner.tokenizer import Tokenizer
     from captioner.weights import fingerprint, read_state_dict
 

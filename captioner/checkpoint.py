@@ -8,19 +8,16 @@
     vision/                only if the image encoder cannot be had elsewhere (trained here, or random): a Hugging Face CLIPVisionModel directory
                            (config.json, model.safetensors); vision.safetensors under our own names where it is no such model
     text/                  likewise, as a Hugging Face T5 directory (config.json, model.safetensors, spiece.model)
-    checkpoints/best, checkpoints/last    the same files at one step, with state.json and, in last, optimizer.safetensors
-    metrics.jsonl  loss.png  report.html
+    checkpoints/step-00000400/    the same files at one step, with optimizer.safetensors and complete.json (captioner/checkpoint_store.py)
+    metrics.jsonl  timing.jsonl  loss.png  report.html
 
-The files at the top are those of checkpoints/best. No pickle is written or read. What scripts/export.py makes is a run directory too, without
+The files at the top are those of the best checkpoint. No pickle is written or read. What scripts/export.py makes is a run directory too, without
 checkpoints, or one as a single file (captioner/bundle.py).
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +26,18 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from captioner import bundle, weights
-from captioner.backbones import Backbone, TextBackbone, build_text, build_vision
+from captioner import bundle, checkpoint_store, weights
+from captioner.backbones import Backbone, TextBackbone, build_own_vision, build_text, build_vision
 from captioner.clip_hf import clip_config_to_hf
 from captioner.errors import UserError
-from captioner.files import read_json, replacing, save_tensors, write_json
+from captioner.files import save_tensors, write_json
 from captioner.model import Captioner
+from captioner.run_config import FORMAT, read_config
 from captioner.t5 import T5
 from captioner.tokenizer import Tokenizer
 from captioner.vit import VisionTransformer
 from data.transforms import ImageTransform
 
-FORMAT = 2
 PUBLISHED = ("adapter", "adapters", "prompt", "bridge.safetensors", "vision", "vision.safetensors", "text")
 TEXT_PLACES = {"decoder", "encoder"}
 LORA_FOLDERS = {"adapter": TEXT_PLACES, "adapter/vision": {"vision"}}
@@ -59,7 +56,7 @@ def load(
 ):
     """(model, tokenizer, transform), on the CPU in fp32 and eval mode.
 
-    run: a run directory, or a bundle of one (checkpoint: `best` or `last` instead of the files at its top). Otherwise vision and text name bare backbones
+    run: a run directory, or a bundle of one (checkpoint: `best`, `last` or a folder's name such as `step-00000400` instead of the files at its top). Otherwise vision and text name bare backbones
     (`--vision` and `--text` of train.py), the bridge is random, and adapters are directories of LoRA or soft prompts in PEFT's layout, made here or by
     `peft`, or of bottleneck adapters. merge folds LoRA into the base weights, which is faster and not undone by training. dequantize turns a 4-bit base
     into fp32 weights of the same values first. stack: the bottleneck adapters that are on, the lowest first, if not those of the run.
@@ -80,15 +77,11 @@ def load(
             raise UserError("a run brings its own adapters: load() takes adapters= only with vision= and text=")
         facts = read_config(run)["model"]
         with bundle.opened(Path(run)) as top:
-            directory = top if checkpoint is None else top / "checkpoints" / checkpoint
-            if not directory.is_dir():
-                raise UserError(f"{run}: has no checkpoints/{checkpoint}")
+            directory = directory_of(top, checkpoint)
             vision_backbone, text_backbone = rebuild(facts, directory)
             model = Captioner(vision_backbone.module, text_backbone.module)
-            bridge = weights.read_state_dict(directory / "bridge.safetensors")
-            weights.load_into(model.bridge, bridge, None, "bridge")
-            if not all(tensor.isfinite().all() for tensor in bridge.values()):
-                raise UserError(f"{directory / 'bridge.safetensors'}: holds values that are not finite")
+            bridge = directory / "bridge.safetensors"
+            weights.load_into(model.bridge, weights.read_state_dict(bridge), None, str(bridge))
             if facts["base_bits"]:
                 quantize(model, facts)
             load_parts(model, directory, facts)
@@ -110,24 +103,6 @@ def translated(kind: type[UserError] = UserError):
         yield
     except (ValueError, FileNotFoundError) as error:
         raise kind(str(error)) from error
-
-
-def read_config(run: str | Path) -> dict:
-    """A run's config.json. Raises UserError where run is neither a run directory nor a bundle, or of a later format."""
-    run = Path(run)
-    if not run.is_dir() and not bundle.is_bundle(run):
-        raise UserError(f"{run}: no such run directory or bundle")
-    config = read_json(run / "config.json") if run.is_dir() else bundle.read_config(run)
-    found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{run / 'config.json'}: format {found!r} is not {FORMAT}: not a run directory of this version")
-    facts = config.get("model")
-    for key, empty in (no_parts() | {"vision": {}, "text": {}}).items():
-        value = facts.get(key) if isinstance(facts, dict) else None
-        right = value in (None, 4) if key == "base_bits" else isinstance(value, type(empty))
-        if not right or (isinstance(value, list) and not all(isinstance(name, str) for name in value)):
-            raise UserError(f"{run / 'config.json'}: model.{key} is {json.dumps(value)}, which no run has")
-    return config
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -193,9 +168,7 @@ def rebuild(facts: dict, directory: Path) -> tuple[Backbone, TextBackbone]:
     vision_facts, text_facts = facts["vision"], facts["text"]
     if vision_facts["embedded"]:
         if (directory / "vision.safetensors").is_file():
-            vision = build_vision(vision_facts["name"], vision_facts["image_size"])
-            weights.load_into(vision.module, weights.read_state_dict(directory / "vision.safetensors"), None, "vision")
-            vision = dataclasses.replace(vision, weights_hash=weights.fingerprint(vision.module))
+            vision = build_own_vision(vision_facts["name"], vision_facts["image_size"], directory / "vision.safetensors")
         elif not (directory / "vision").is_dir():
             raise UserError(f"{directory}: its image encoder, vision/ or vision.safetensors, is missing")
         else:
@@ -361,39 +334,9 @@ def save_text(text: T5, tokenizer: Tokenizer, directory: Path, dtype: torch.dtyp
     tokenizer.save(directory)
 
 
-def save_checkpoint(run: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """checkpoints/<name> written whole by write(directory), then put in the place of the old one. Raises UserError where the disk is full."""
-    target = run / "checkpoints" / name
-    fresh, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        write(fresh)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
-
-
-def files_of(path: Path) -> list[Path]:
-    """path if it is a file, else every file under it, sorted."""
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def publish(run: Path, checkpoint: Path) -> None:
-    """Put a checkpoint's weights at the top of the run, as hard links where the file system has them."""
-    for entry in PUBLISHED:
-        for source in files_of(checkpoint / entry):
-            with replacing(run / source.relative_to(checkpoint)) as temporary:
-                try:
-                    os.link(source, temporary)
-                except OSError:
-                    shutil.copyfile(source, temporary)
+def directory_of(run: Path, checkpoint: str | None = None) -> Path:
+    """The folder with the weights of a run directory: its own, or those of `best`, `last` or a checkpoint by name. Raises UserError where there is none."""
+    return checkpoint_store.top(run) if checkpoint is None else checkpoint_store.find(run, checkpoint)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], path: Path) -> None:
@@ -402,18 +345,29 @@ def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], p
     save_tensors(path, tensors)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], path: Path) -> None:
-    """Inverse of `save_optimizer`; raises UserError where the parameters are not those that were saved."""
+def on_device(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor where the parameter is."""
+    return tensor.to(parameter.device)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], path: Path, place: Callable[[Tensor, Tensor], Tensor] = on_device
+) -> None:
+    """Inverse of `save_optimizer`; place(moment, parameter) is what is kept. Raises UserError where the parameters are not those that were saved, or a tensor is none that AdamW can have."""
     saved = weights.read_state_dict(path)
-    stored = {name.rsplit("/", 1)[0] for name in saved}
-    if stored != set(parameters):
-        raise UserError(f"{path}: saved for other parameters: missing {sorted(set(parameters) - stored)[:4]}, unexpected {sorted(stored - set(parameters))[:4]}")
+    moments = {f"{name}/{key}": p for name, p in parameters.items() for key in ("step", "exp_avg", "exp_avg_sq")}
+    if saved.keys() != moments.keys():
+        raise UserError(f"{path}: saved for other parameters: {weights.both_lists(moments.keys() - saved.keys(), saved.keys() - moments.keys())}")
     for name, tensor in saved.items():
-        parameter, key = name.rsplit("/", 1)
-        target = parameters[parameter]
-        optimizer.state[target][key] = tensor.to(target.device)
+        key, shape = name.rpartition("/")[2], list(moments[name].shape)
+        shape, dtype = ([], torch.float32) if key == "step" else (shape, moments[name].dtype)
+        fits = list(tensor.shape) == shape and tensor.dtype == dtype and tensor.isfinite().all()
+        if not fits or (key != "exp_avg" and tensor.lt(0).any()):
+            raise UserError(f"{path}: {name} is not what AdamW keeps: finite numbers {shape} of {dtype}, none of step and exp_avg_sq below 0")
+    for name, tensor in saved.items():
+        optimizer.state[moments[name]][name.rpartition("/")[2]] = place(tensor, moments[name])
 
 
-def write_config(run: Path, settings: dict, facts: dict, versions: dict) -> None:
-    """config.json of a run."""
-    write_json(run / "config.json", {"format": FORMAT, "settings": settings, "model": facts, "versions": versions})
+def write_config(run: Path, settings: dict, facts: dict, record: dict) -> None:
+    """config.json of a run; record: how it was made, such as versions, hardware and data."""
+    write_json(run / "config.json", {"format": FORMAT, "settings": settings, "model": facts, **record})

@@ -8,6 +8,7 @@ import difflib
 import os
 import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -58,10 +59,15 @@ def comma_list(choices: tuple[str, ...] | None) -> Callable[[str], tuple[str, ..
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that names the closest flags where one is unknown."""
+    """argparse that names the closest flags where one is unknown, in one of several processes."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        if not is_main_process():
+            sys.exit(USAGE)
+        super().error(message)
 
     def parse_known(self, argv: list[str] | None):
-        parsed, unknown = self.parse_known_args(argv)
+        parsed, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
@@ -87,7 +93,8 @@ def parse_settings(cls, argv: list[str] | None, description: str, presets: dict[
         text = field.metadata["help"].replace("%", "%%") + ("" if optional and field.default is None else f" (default: {shown})")
         options: dict = {"help": text, "default": argparse.SUPPRESS}
         if field.name in getattr(cls, "positional", ()):
-            parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), **options)
+            nargs = "*" if field.metadata.get("repeat") else "?"
+            parser.add_argument(field.name, nargs=nargs, metavar=field.name.upper(), **options)
             continue
         flag = "--" + field.name.replace("_", "-")
         if kind is bool:
@@ -113,7 +120,7 @@ def parse_settings(cls, argv: list[str] | None, description: str, presets: dict[
 
 
 def repeated(help: str):
-    """A dataclass field whose flag may be given several times: a tuple of strings."""
+    """A dataclass field whose flag, or positional argument, may be given several times: a tuple of strings."""
     return dataclasses.field(default=(), metadata={"help": help, "choices": None, "repeat": True})
 
 
@@ -130,10 +137,17 @@ def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None 
     try:
         code = main(argv)
     except (UserError, *expected) as error:
-        print(f"error: {error}", file=sys.stderr)
         code = USAGE if isinstance(error, UsageError) else FAILED
+        # What is wrong with the flags is the same in all processes: one says it.
+        if code == FAILED or is_main_process():
+            print(f"{'' if str(error).startswith('process ') else own_name()}error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        print(f"{own_name()}error: {describe_os_error(error)}", file=sys.stderr)
+        code = FAILED
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch has no class of its own for a worker that died
+            raise
+        print(f"{own_name()}error: a process that decodes images died: {str(error).splitlines()[0]} Give it more memory or fewer --workers", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -150,23 +164,38 @@ def keep_freed_memory() -> bool:
     return False
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks to people: the only one, or the first that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def own_name() -> str:
+    """The beginning of an error's line that says which of several processes it is from; nothing for the main one."""
+    return "" if is_main_process() else f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: "
+
+
 def say(line: str) -> None:
-    """A line for people on stderr, above a progress bar if there is one."""
+    """A line for people on stderr, above a progress bar if there is one; from the main process alone."""
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    if is_main_process():
+        tqdm.write(line, file=sys.stderr)
 
 
 def progress(items: Iterable, description: str) -> Iterable:
     """The items, with a progress bar on stderr if that is a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=description, disable=None, unit="batch", dynamic_ncols=True)
+    return tqdm(items, desc=description, disable=None if is_main_process() else True, unit="batch", dynamic_ncols=True)
 
 
 class StopSignal:
-    """Between `with` and its end, the first SIGINT or SIGTERM sets `number` for loops to poll; a second one interrupts at once."""
+    """Between `with` and its end, the first SIGINT or SIGTERM sets `number` for loops to poll; a second one ends the process at once.
 
+    Under a launcher, which passes signals on to processes that may have got them already, one that follows within PASSED_ON seconds does not count.
+    """
+
+    PASSED_ON = 2.0
     number: int | None = None
 
     def __enter__(self):
@@ -174,9 +203,18 @@ class StopSignal:
         return self
 
     def receive(self, number, frame):
-        if self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
+        launched = "WORLD_SIZE" in os.environ
+        if self.number is None:
+            self.number, self.came = number, time.monotonic()
+            if is_main_process():
+                # Straight to the file: the signal may have come in the middle of another line.
+                os.write(2, b"stopping at the next safe point; a second signal ends at once\n")
+            if not launched:
+                for which in self.previous:
+                    signal.signal(which, signal.SIG_DFL)
+        elif time.monotonic() - self.came > self.PASSED_ON:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *_):
         for which, handler in self.previous.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from captioner.errors import UserError
 from captioner.files import read_json
+from captioner.run_config import LARGEST_IMAGE
 from captioner.vit import VisionConfig
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}  # hidden_act -> ours
@@ -57,8 +58,8 @@ def unseen_facts(folder: Path) -> dict | None:
     values = _object(read_json(file), file)
     values = _object(values.get("vision_config") or values, file)
     facts = {ours: values.get(key, default) for ours, (key, default) in UNSEEN.items()}
-    if facts["activation"] not in ACTIVATIONS:
-        raise UserError(f"{file}: hidden_act {facts['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(facts["activation"], str) or facts["activation"] not in ACTIVATIONS:
+        raise UserError(f"{file}: hidden_act {facts['activation']!r:.100} is not one of {', '.join(ACTIVATIONS)}")
     return facts | {"activation": ACTIVATIONS[facts["activation"]]}
 
 
@@ -82,14 +83,14 @@ def preprocessing(folder: Path, image_size: int) -> dict | None:
             raise UserError(f"{file}: {step} is off, and images are always resized and normalised here")
     factor, resample = values.get("rescale_factor", 1 / 255), values.get("resample", 3)
     if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise UserError(f"{file}: rescale_factor {factor!r} is not 1/255")
+        raise UserError(f"{file}: rescale_factor {factor!r:.100} is not 1/255")
     if not isinstance(resample, int) or resample not in INTERPOLATIONS:
-        raise UserError(f"{file}: resample {resample!r} is not one of {', '.join(map(str, INTERPOLATIONS))}")
+        raise UserError(f"{file}: resample {resample!r:.100} is not one of {', '.join(map(str, INTERPOLATIONS))}")
     size, cropped = values.get("size", OWN_SIZE), values.get("do_center_crop", True)
     mode = "squash" if isinstance(size, dict) and "height" in size else "shortest"
     side = _side(size, "size", file)
     if mode == "shortest" and not cropped:
-        raise UserError(f"{file}: size {size} without do_center_crop gives images that are not square")
+        raise UserError(f"{file}: size {size!r:.100} without do_center_crop gives images that are not square")
     crop = _side(values.get("crop_size", OWN_SIZE), "crop_size", file) if cropped else side
     return {
         **{name: values[key] for name, key in (("mean", "image_mean"), ("std", "image_std")) if key in values},
@@ -103,8 +104,8 @@ def _side(size: int | dict, name: str, file: Path) -> int:
     """The one side of `224`, `{"shortest_edge": 224}` or `{"height": 224, "width": 224}`."""
     edges = size if isinstance(size, dict) and size.keys() in ({"shortest_edge"}, {"height", "width"}) else {"": size}
     sides = list(edges.values())
-    if not isinstance(sides[0], int) or sides[0] < 1 or sides[0] != sides[-1]:
-        raise UserError(f"{file}: {name} {size!r} is not one number of pixels, {{'shortest_edge': n}} or an equal height and width")
+    if type(sides[0]) is not int or not 1 <= sides[0] <= LARGEST_IMAGE or sides[0] != sides[-1]:
+        raise UserError(f"{file}: {name} {size!r:.100} is not one number of pixels, {{'shortest_edge': n}} or an equal height and width")
     return sides[0]
 
 

@@ -8,7 +8,7 @@ Behaviour matched: jmhessel/clipscore, in float32. A number means something only
 Legend: N images, n candidates an image, B images of a batch, E embedding width, T text tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from captioner.backbones import clip_weights
 from captioner.demo import CLIPS
 from captioner.errors import UserError
+from captioner.job import Job
 from captioner.vit import clip_config
 from captioner.weights import fingerprint, load_into, one_line
 from data.dataset import BadImageLedger, CaptionDataset, make_loader
@@ -201,15 +202,23 @@ def embed_split(
     ledger: BadImageLedger,
     batch_size: int = 64,
     workers: int = 0,
-    progress: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
+    job: Job | None = None,
 ) -> dict[str, Tensor]:
-    """Row id -> (E,) image embedding. Each image is opened once; bad ones go to the ledger and are left out."""
-    dataset = CaptionDataset(rows, scorer.transform)
-    loader = make_loader(dataset, None, batch_size, range(len(dataset)), workers, ledger=ledger)
-    embeddings: dict[str, Tensor] = {}
-    for batch in progress(loader, f"embedding {len(rows)} images for {scorer.name}"):
-        embeddings.update(zip(batch["ids"], scorer.embed_images(batch["pixel_values"])))
-    return embeddings
+    """Row id -> (E,) image embedding. Each image is opened once; bad ones go to the ledger and are left out.
+
+    Batches are dealt to the processes of the job; each gets all embeddings. Raises Stopped, in all of them, where a signal came.
+    """
+    job = job or Job()
+    dataset, processes = CaptionDataset(rows, scorer.transform), job.processes
+    loader = make_loader(dataset, None, batch_size, range(len(dataset)), workers, ledger=ledger, share=(processes.rank, processes.count))
+    ids, embeddings = [], []
+    with job.one_ledger(ledger, rows):
+        for batch in job.turns(loader, f"embedding {len(rows)} images for {scorer.name}"):
+            if batch is not None:
+                ids += batch["ids"]
+                embeddings.append(scorer.embed_images(batch["pixel_values"]))
+    ids = [row_id for part in processes.everyone(ids) for row_id in part]
+    return dict(zip(ids, processes.everyone_rows(torch.cat(embeddings) if embeddings else torch.empty(0)), strict=True))
 
 
 def score_captions(

@@ -7,3 +7,11 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """Flags that contradict each other or are out of range. Exit code 2."""
+
+
+class Stopped(Exception):
+    """A signal asked to stop, and what was in hand is finished. Exit code 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lora
-from captioner import bundle, checkpoint, generate
+from captioner import bundle, checkpoint, checkpoint_store, generate
 from captioner.demo import TEXTS
 from captioner.errors import UsageError, UserError
 from captioner.files import write_json, write_text
@@ -230,7 +230,7 @@ def compare(expected: Probe, found: Probe, dtype: str) -> dict:
 def digests(written: Path) -> dict[str, dict]:
     """Bytes and SHA-256 of every file, by its name in the export."""
     found = {}
-    for file in checkpoint.files_of(written):
+    for file in checkpoint_store.files_of(written):
         with open(file, "rb") as opened:
             name = file.name if file == written else file.relative_to(written).as_posix()
             found[name] = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}

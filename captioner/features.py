@@ -1,27 +1,32 @@
 """Features of a frozen image encoder, computed once and kept on disk as safetensors shards.
 
 A folder holds one encoder's tokens: its name is a hash of the encoder's weights and adapters, the transform and the dtype, so another encoder can never read them by
-mistake. An image is found by the hash of its content, so renaming files costs nothing and changing one recomputes it.
+mistake. An image is found by the hash of its content, so renaming files costs nothing and changing one recomputes it. index.json names whole shards alone.
 Legend: N image tokens, D encoder width.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from captioner.backbones import Backbone
+from captioner.cli import say
 from captioner.errors import UserError
-from captioner.files import describe_os_error, read_json, save_tensors, write_text
+from captioner.files import describe_os_error, locked, read_json, save_tensors, sync, write_text
 from captioner.frozen_vit import is_plain, prepare_frozen, release_frozen
 from captioner.weights import fingerprint
-from data.dataset import BadImageLedger, BadRow, CaptionDataset, make_loader
+from data.dataset import BadImageLedger, BadRow, Batches, CaptionDataset, make_loader
 from data.images import BadImage
 from data.rows import Row
 
@@ -42,7 +47,7 @@ class FeatureStore:
         facts |= {"arithmetic": "bf16"} if self.in_bf16 else {}
         self.directory = Path(directory) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.index_path = self.directory / "index.json"
-        self.index = read_json(self.index_path)["images"] if self.index_path.is_file() else {}
+        self.index = self.read_index()
         self.facts = {"backbone": backbone.name, **facts}
         self.content: dict[str, str] = {}  # by the image's name: ids repeat across splits
         self.shards: dict[str, safe_open] = {}
@@ -57,27 +62,51 @@ class FeatureStore:
         images_per_shard: int = 1024,
         progress: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
     ) -> None:
-        """Encode the rows whose content is not on disk yet, a shard at a time; an interrupt keeps the finished shards. Bad images go to the ledger."""
-        missing: dict[str, Row] = {}
+        """Encode the rows whose content is not on disk yet, a shard at a time; an interrupt keeps the finished shards. Bad images go to the ledger.
+
+        Images are encoded together by their place among all rows, not among the missing ones, since the last bits of a product may depend on what else is
+        in it: features are the same after any number of kills. One process at a time adds to a folder; others wait for it, as items of `progress`.
+        """
+        distinct: dict[str, Row] = {}
         for row in rows:
             try:
                 content = self.content[row.image.name] = row.image.fingerprint()
             except BadImage as bad:
                 ledger.record(BadRow(row.id, bad.name, bad.reason, str(bad)))
                 continue
-            if content not in self.index:
-                missing[content] = row
-        if not missing:
+            distinct[content] = row
+        if distinct.keys() <= self.index.keys():
             return
+        with self.only_writer(progress):
+            self.encode(distinct, ledger, device, workers, batch_size, images_per_shard, progress)
+
+    def encode(
+        self,
+        distinct: dict[str, Row],
+        ledger: BadImageLedger,
+        device: torch.device,
+        workers: int,
+        batch_size: int,
+        images_per_shard: int,
+        progress: Callable[[Iterable, str], Iterable],
+    ) -> None:
+        """Write shards with what the index lacks of the rows by content; other arguments as of `prepare`."""
+        dataset = CaptionDataset([dataclasses.replace(row, id=content) for content, row in distinct.items()], self.backbone.transform)
+        lacking = [index for index, content in enumerate(distinct) if content not in self.index]
+        if not lacking:
+            return
+        pieces = [list(piece) for _, piece in itertools.groupby(lacking, key=lambda index: index // batch_size)]
+        loaders = [
+            make_loader(dataset, None, size, list(itertools.chain.from_iterable(alike)), workers, ledger=ledger)
+            for size, alike in itertools.groupby(sorted(pieces, key=len, reverse=True), key=len)
+        ]
         module = self.backbone.module.to(device).eval()
         release_frozen(module)  # an fp32 store wants the encoder as it is
         if self.in_bf16:
             prepare_frozen(module, self.dtype)
-        dataset = CaptionDataset([dataclasses.replace(row, id=content) for content, row in missing.items()], self.backbone.transform)
-        loader = make_loader(dataset, None, batch_size, range(len(dataset)), workers, ledger=ledger)
         contents, tokens = [], []
         try:
-            for batch in progress(loader, f"encoding {len(missing)} images once"):
+            for batch in progress(InTurn(loaders), f"encoding {len(lacking)} images once"):
                 with torch.inference_mode():
                     tokens.append(module(batch["pixel_values"].to(device)).to("cpu", self.dtype))  # (B, N, D)
                 contents += batch["ids"]
@@ -89,10 +118,46 @@ class FeatureStore:
         finally:
             release_frozen(module)
 
+    def read_index(self) -> dict[str, list]:
+        """Shard and position of each content on disk. Raises UserError where index.json holds something else."""
+        if not self.index_path.is_file():
+            return {}
+        index = read_json(self.index_path, limit=None)
+        images = index.get("images") if isinstance(index, dict) else None
+        if not are_places(images):
+            raise UserError(f"{self.index_path} is damaged; delete {self.directory} to encode again")
+        return images
+
+    @contextlib.contextmanager
+    def only_writer(self, progress: Callable[[Iterable, str], Iterable]) -> Iterator[None]:
+        """The only process in this block with this folder, once others have left it; what killed ones left is gone then."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.directory, os.W_OK):  # nobody adds to it; what is missing may be bad images alone
+            yield
+            return
+
+        def wait(is_ours: Callable[[], bool]) -> None:
+            say(f"waiting for the process that adds to {self.directory}")
+            for _ in progress(iter(is_ours, True), "waiting"):
+                time.sleep(0.2)
+
+        with locked(self.directory / ".lock", wait):
+            self.index = self.read_index()
+            self.clear_leftovers()
+            yield
+
+    def clear_leftovers(self) -> None:
+        """Delete what killed writers left: files half written, and shards that the index does not name."""
+        named = {name for name, _ in self.index.values()}
+        for path in (*self.directory.glob(".*.safetensors.*"), *self.directory.glob(".index.json.*"), *self.directory.glob("*.safetensors")):
+            if path.name not in named:
+                path.unlink()
+
     def write_shard(self, contents: list[str], tokens: list[Tensor]) -> None:
         """Add one shard file, then the index that names it."""
         name = f"{len(list(self.directory.glob('*.safetensors'))):05d}-{contents[0][:8]}.safetensors"
         save_tensors(self.directory / name, {"tokens": torch.cat(tokens)})
+        sync(self.directory)
         for position, content in enumerate(contents):
             self.index[content] = [name, position]
         write_text(self.index_path, json.dumps({**self.facts, "images": self.index}))
@@ -109,13 +174,14 @@ class FeatureStore:
         """What `get` gave is the tokens already: (B, N, D)."""
         return found
 
-    def read(self, name: str, positions: int | slice) -> Tensor:
-        """Tokens (N, D) at a position of a shard, or (R, N, D) of a slice of it. Raises UserError on a damaged shard."""
+    def read(self, name: str, positions: int | list[int]) -> Tensor:
+        """Tokens (N, D) at a position of a shard, or (R, N, D) at R positions of it. Raises UserError on a damaged shard."""
         try:
             if name not in self.shards:
                 self.shards[name] = safe_open(self.directory / name, framework="pt").get_slice("tokens")
-            return self.shards[name][positions]
-        except (OSError, SafetensorError) as error:
+            shard = self.shards[name]
+            return shard[positions] if isinstance(positions, int) else shard[:][positions]
+        except (OSError, SafetensorError, IndexError) as error:
             reason = describe_os_error(error) if isinstance(error, OSError) else error
             raise UserError(f"{self.directory / name}: cannot read features ({reason}); delete {self.directory} to encode again") from error
 
@@ -124,6 +190,30 @@ class FeatureStore:
         contents = {self.content.get(row.image.name, "") for row in rows}
         found = {content: tuple(self.index[content]) for content in contents if content in self.index}
         return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+class InTurn:
+    """The batches of several loaders, one after another, and how many they are."""
+
+    def __init__(self, loaders: Sequence[Batches]):
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[dict]:
+        return itertools.chain.from_iterable(self.loaders)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+
+def are_places(images: Any) -> bool:
+    """Whether a JSON value is an index: [file name of a shard, position in it] by content."""
+    if not isinstance(images, dict):
+        return False
+    for place in images.values():  # not `all` of a generator: there may be millions
+        if type(place) is not list or len(place) != 2 or type(place[0]) is not str or type(place[1]) is not int or not 0 <= place[1] < 2**63:
+            return False
+    names = {name for name, _ in images.values()}
+    return all(Path(name).name == name and name.isprintable() and name.endswith(".safetensors") for name in names)
 
 
 class DeviceFeatures:
@@ -140,7 +230,7 @@ class DeviceFeatures:
         filled = 0
         for name, members in itertools.groupby(places.values(), key=lambda place: place[0]):
             positions = [position for _, position in members]
-            self.tokens[filled : filled + len(positions)] = store.read(name, slice(None))[positions].to(device)
+            self.tokens[filled : filled + len(positions)] = store.read(name, positions).to(device)
             filled += len(positions)
         order = {content: place for place, content in enumerate(places)}
         found = {row.image.name: order.get(store.content.get(row.image.name, "")) for row in rows}

@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from captioner.errors import UserError
 
@@ -22,9 +23,18 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or which files a folder holds, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside path; at the end it takes path's place, after an error it is removed and path is as it was.
+    """A temporary path beside path; at the end it is synced to the disk and takes path's place, after an error it is removed and path is as it was.
 
     Raises UserError that names path where the disk is full or cannot be written.
     """
@@ -34,13 +44,45 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         # safetensors makes files that only their owner may read.
         temporary.chmod(0o666 & ~UMASK)
+        sync(temporary)
         temporary.replace(path)
+        with contextlib.suppress(OSError):  # not every file system syncs folders
+            sync(path.parent)
     except OSError as error:
         error.filename = None
         raise UserError(f"{path}: cannot be written: {describe_os_error(error)}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: Callable[[Callable[[], bool]], None] | None = None) -> Iterator[None]:
+    """The only process that is in this block with this file, which the system knows also after a kill.
+
+    wait: called where another process is in it, with a function that tries again; it returns once that was True. Without it raises UserError that
+    names the other process.
+    """
+    import fcntl
+
+    def is_ours() -> bool:
+        try:
+            # A lock of the process, not of the open file: worker processes that outlive a kill for a moment do not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    with open(path, "a+", encoding="ascii") as file:
+        if not is_ours():
+            if wait is None:
+                file.seek(0)
+                raise UserError(f"{path.parent} is in use by process {file.read().strip() or 'unknown'}")
+            wait(is_ours)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,14 +100,18 @@ def write_json(target: str | Path | None, value) -> None:
         write_text(Path(target), text + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """Parsed JSON file. Raises UserError that names the file where it is missing or broken."""
+def read_json(path: Path, limit: int | None = 2**25) -> Any:
+    """Parsed JSON file. Raises UserError that names the file where it is missing, broken, or larger than limit bytes: parsed, it can take 30 times as much."""
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise UserError(f"{path}: no such file")
     try:
+        if limit is not None and path.stat().st_size > limit:
+            raise UserError(f"{path}: larger than {limit} bytes, which no such file is")
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
+    except OSError as error:
+        raise UserError(f"cannot read {describe_os_error(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({str(error)[:200]})") from None
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:

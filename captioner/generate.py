@@ -3,7 +3,10 @@
 Ids come as `transformers` returns them: the start token first, then the tokens, then filling after the end-of-sequence token. One step
 decodes one token of every row; what it keeps between steps is in `cache.py`, what sampling draws from in `sampling.py`.
 
-Legend: B images, G rows (beams or samples) of each, N image tokens, T tokens, D width, V vocabulary.
+`prefix_ids`, the same P tokens for all images, are written after the start token before anything is chosen: `transformers.generate` with
+`decoder_input_ids` of the start token and them. They count in `max_length` and for the repetition penalty, not in `max_new_tokens` or a length penalty.
+
+Legend: B images, G rows (beams or samples) of each, N image tokens, P prefix tokens, T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,20 +35,21 @@ def greedy(
     max_length: int | None = None,
     repetition_penalty: float = 1.0,
     memory_mask: Tensor | None = None,
+    prefix_ids: Sequence[int] = (),
 ) -> Tensor:
     """The likeliest token at every step: memory (B, N, D) → ids (B, T), pad after eos.
 
     `max_length` counts the start token, `max_new_tokens` (20 unless either is given) does not; memory_mask (B, N) is True at real tokens.
     Raises ValueError for arguments out of range.
     """
-    steps = _steps(max_new_tokens, max_length, default=20)
+    steps = _steps(max_new_tokens, max_length, 20, len(prefix_ids))
     _check(memory, repetition_penalty=repetition_penalty)
 
     def choose(logits: Tensor, ids: Tensor, _: Tensor) -> Tensor:
         return sampling.argmax(sampling.penalize_repetition(logits, ids, repetition_penalty))
 
     with _decoding(model.text) as text:
-        ids = _decode_rows(text, memory, memory_mask, 1, steps, choose)[:, 0]
+        ids = _decode_rows(text, memory, memory_mask, 1, steps, choose, prefix_ids)[:, 0]
     return ids.clone()  # outside, since autograd refuses tensors of inference mode
 
 
@@ -63,6 +67,7 @@ def sample(
     seed: int = 0,
     image_ids: Sequence[str] | None = None,
     memory_mask: Tensor | None = None,
+    prefix_ids: Sequence[int] = (),
 ) -> Tensor:
     """n sampled captions per image: memory (B, N, D) → ids (B, n, T), pad after eos; the distribution is `processed_logits`'.
 
@@ -71,7 +76,7 @@ def sample(
     other numbers of rows, which changes a draw only where two candidates, or a candidate and a top-k or top-p limit, differ by no more than that.
     `max_length`, `max_new_tokens` and `memory_mask` as in `greedy`. Raises ValueError for arguments out of range.
     """
-    steps = _steps(max_new_tokens, max_length, default=20)
+    steps = _steps(max_new_tokens, max_length, 20, len(prefix_ids))
     _check(memory, n=n, top_p=top_p, temperature=temperature, top_k=top_k, repetition_penalty=repetition_penalty)
     image_ids = [str(position) for position in range(len(memory))] if image_ids is None else image_ids
     if len(image_ids) != len(memory):
@@ -82,7 +87,7 @@ def sample(
         return sampling.draw(logits, ids, keys[rows], temperature, top_k, top_p, repetition_penalty)
 
     with _decoding(model.text) as text:
-        ids = _decode_rows(text, memory, memory_mask, n, steps, choose)
+        ids = _decode_rows(text, memory, memory_mask, n, steps, choose, prefix_ids)
     return ids.clone()
 
 
@@ -97,6 +102,7 @@ def beam_search(
     early_stopping: bool = False,
     repetition_penalty: float = 1.0,
     memory_mask: Tensor | None = None,
+    prefix_ids: Sequence[int] = (),
 ) -> Tensor:
     """The best of `num_beams` hypotheses by sum of log-probabilities / length ** length_penalty: memory (B, N, D) → ids (B, T).
 
@@ -104,28 +110,33 @@ def beam_search(
     finished and, unless early_stopping, the best running one would not beat the worst of them at its present length. One beam is `greedy`. After
     eos the filling is pad, or eos where pad is 0: `transformers`' choice. Raises ValueError for arguments out of range.
     """
-    steps = _steps(max_new_tokens, max_length, default=19)
+    prefix = len(prefix_ids)
+    steps = _steps(max_new_tokens, max_length, 19, prefix)
     _check(memory, num_beams=num_beams, repetition_penalty=repetition_penalty)
     if num_beams == 1:
-        return greedy(model, memory, max_new_tokens=steps, repetition_penalty=repetition_penalty, memory_mask=memory_mask)
+        return greedy(model, memory, max_new_tokens=steps, repetition_penalty=repetition_penalty, memory_mask=memory_mask, prefix_ids=prefix_ids)
     config = model.text.config
     if 2 * num_beams > config.vocab_size:
         raise ValueError(f"num_beams={num_beams} needs a vocabulary of at least {2 * num_beams}, not {config.vocab_size}")
     batch, device = len(memory), memory.device
     fill = config.pad_token_id or config.eos_token_id
-    best = torch.full((batch, steps + 1), fill, device=device)  # of every image, also of those that are done
+    best = torch.full((batch, 1 + prefix + steps), fill, device=device)  # of every image, also of those that are done
     images = torch.arange(batch, device=device)  # those still searched
 
-    running = torch.full((batch, num_beams, 1), config.decoder_start_token_id, device=device)
+    beginning = torch.tensor([config.decoder_start_token_id, *prefix_ids], device=device)
+    running = beginning.expand(batch, num_beams, -1)
     running_scores = torch.full((batch, num_beams), IMPOSSIBLE, device=device)
     running_scores[:, 0] = 0  # all beams start alike: only the first may branch
-    finished = torch.full((batch, num_beams, steps + 1), fill, device=device)
+    finished = torch.full((batch, num_beams, 1 + prefix + steps), fill, device=device)
     finished_scores = torch.full((batch, num_beams), IMPOSSIBLE, device=device)
     is_finished = torch.zeros((batch, num_beams), dtype=torch.bool, device=device)
     done = torch.zeros(batch, dtype=torch.bool, device=device)
 
     with _decoding(model.text) as text:
-        cache = BeamCache(text, memory, num_beams, steps, memory_mask)
+        cache = BeamCache(text, memory, num_beams, prefix + steps, memory_mask)
+        for position in range(prefix):
+            cache.step(running[..., position].flatten())
+            cache.branch(cache.own_slot.expand(batch, -1))
         for length in range(1, steps + 1):
             logits = cache.step(running[..., -1].flatten()).float()
             scores, parents, tokens = _best_continuations(logits, running, running_scores, repetition_penalty)
@@ -156,8 +167,8 @@ def beam_search(
             cache.select(left)
             images, done, running, running_scores = images[left], done[left], running[left], running_scores[left]
             finished, finished_scores, is_finished = finished[left], finished_scores[left], is_finished[left]
-    ended = best[:, 1:] == config.eos_token_id
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 2, steps + 1)
+    ended = best[:, 1 + prefix :] == config.eos_token_id
+    lengths = 1 + prefix + torch.where(ended.any(1), ended.int().argmax(1) + 1, steps)
     return best[:, : max(lengths.tolist(), default=1)]
 
 
@@ -192,15 +203,18 @@ def _decoding(text: T5) -> Iterator[T5]:
             module.training = mode
 
 
-def _decode_rows(text: T5, memory: Tensor, memory_mask: Tensor | None, n: int, steps: int, choose: Callable) -> Tensor:
+def _decode_rows(text: T5, memory: Tensor, memory_mask: Tensor | None, n: int, steps: int, choose: Callable, prefix_ids: Sequence[int]) -> Tensor:
     """n independent rows per image, each to its eos; choose(logits (R, V), ids (R, T), rows (R,)) gives the next tokens (R,) → (B, n, T)."""
     config = text.config
-    ids = torch.full((len(memory) * n, 1), config.decoder_start_token_id, device=memory.device)
+    ids = torch.tensor([config.decoder_start_token_id, *prefix_ids], device=memory.device).repeat(len(memory) * n, 1)
     written = F.pad(ids, (0, steps), value=config.pad_token_id)  # of all rows
     rows = torch.arange(len(ids), device=memory.device)  # those still decoded
     finished = torch.zeros(len(ids), dtype=torch.bool, device=memory.device)
-    cache = DecoderCache(text, memory, n, steps, memory_mask)
-    for length in range(1, steps + 1):
+    prefix = len(prefix_ids)
+    cache = DecoderCache(text, memory, n, prefix + steps, memory_mask)
+    for position in range(prefix):
+        cache.step(ids[:, position])
+    for length in range(1 + prefix, 1 + prefix + steps):
         tokens = choose(cache.step(ids[:, -1]).float(), ids, rows).masked_fill(finished, config.pad_token_id)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         written[rows, length] = tokens
@@ -245,15 +259,17 @@ def _worth_keeping(done: Tensor) -> Tensor | None:
     return None if count == 0 or 4 * count < len(done) else (~done).nonzero()[:, 0]
 
 
-def _steps(max_new_tokens: int | None, max_length: int | None, default: int) -> int:
-    """How many tokens to decode at most."""
+def _steps(max_new_tokens: int | None, max_length: int | None, default: int, prefix: int) -> int:
+    """How many tokens to choose at most, after a start token and a prefix of so many."""
     if max_new_tokens is not None and max_length is not None:
         raise ValueError("give max_new_tokens or max_length, not both")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} is not at least 1")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} is not at least 2: it counts the start token")
-    return default if max_new_tokens is max_length is None else max_new_tokens or max_length - 1
+    if max_length is not None and max_length < prefix + 2:
+        raise ValueError(f"max_length={max_length} leaves no room after a prefix of {prefix} tokens: it counts them and the start token")
+    return default if max_new_tokens is max_length is None else max_new_tokens or max_length - 1 - prefix
 
 
 def _check(memory: Tensor, **options) -> None:

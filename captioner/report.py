@@ -112,7 +112,7 @@ def plot_losses(run: Path) -> None:
     losses.plot([line["step"] for line in val], [line["loss"] for line in val], color="#1f5fa8", marker="o", markersize=4, label="validation loss")
     losses.set_xlabel("step")
     losses.set_ylabel("loss per token")
-    later = [line["loss"] for line in [*train, *val] if line["step"] > 0]
+    later = [line["loss"] for line in [*train, *val] if line["step"] > 0 and math.isfinite(line["loss"])]
     if later:
         losses.set_ylim(0.95 * min(later), 1.05 * max(later))
     scores = losses.twinx()

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from captioner import scoring
-from captioner.clip_score import ClipScorer, embed_split, same_model, score_candidates
+from captioner.clip_score import ClipScorer, same_model, score_candidates
 from captioner.decoding import are_scenes
 from captioner.files import replacing
 from captioner.metrics import cider
 from captioner.metrics.best_at_k import best_at_k
-from data.dataset import BadImageLedger
 from data.rows import Row
 
 ROWS = ("greedy", "beam", "sample", "best_of_n", "oracle", "references")
@@ -62,18 +61,16 @@ def score_candidate_lines(
     rows: Sequence[Row],
     reranker: ClipScorer,
     scorer: ClipScorer,
-    ledger: BadImageLedger,
-    settings,
+    embeddings: Sequence[dict[str, torch.Tensor]],
+    tokenize: str,
     progress: Callable[[Iterable, str], Iterable],
 ) -> ScoredCaptions:
     """Score every caption of every image by both CLIPs, and the samples by CIDEr.
 
-    lines: {"image_id", "greedy", "beam", "candidates"} by image id; rows without a line, or whose image cannot be read, are left out. settings have
-    `batch_size`, `workers` and `tokenize`. Each CLIP sees each image once; one that is both reranker and scorer works once.
+    lines: {"image_id", "greedy", "beam", "candidates"} by image id. embeddings: of the images for each of `distinct_clips`, by image id; rows without one
+    are left out.
     """
-    clips = [reranker] if scorer is reranker else [reranker, scorer]
-    rows = [row for row in rows if row.id in lines]
-    embeddings = [embed_split(clip, rows, ledger, settings.batch_size, settings.workers, progress) for clip in clips]
+    clips = distinct_clips(reranker, scorer)
     rows = [row for row in rows if all(row.id in found for found in embeddings)]
     found = [lines[row.id] for row in rows]
     decoded = [[line["greedy"], line["beam"], row.captions[0], *line["candidates"]] for row, line in zip(rows, found, strict=True)]
@@ -84,8 +81,13 @@ def score_candidate_lines(
     references = [list(row.captions) for row in rows]
     # Sample by sample, so that the document frequencies are those of the split.
     samples = zip(*(line["candidates"] for line in found), strict=True)
-    cider_of_samples = np.stack([cider(texts, references, settings.tokenize)[1] for texts in samples], axis=1)
+    cider_of_samples = np.stack([cider(texts, references, tokenize)[1] for texts in samples], axis=1)
     return ScoredCaptions(reranker, scorer, rows, decoded, scores[0], scores[-1], cider_of_samples)
+
+
+def distinct_clips(reranker: ClipScorer, scorer: ClipScorer) -> list[ClipScorer]:
+    """The CLIPs that have to see the images: one that is both works once."""
+    return [reranker] if scorer is reranker else [reranker, scorer]
 
 
 def summarize(captions: ScoredCaptions, tokenize: str) -> tuple[list[dict], dict[str, list[dict]]]:

@@ -12,7 +12,6 @@ applied to every token, as timm does with pooling and classifier switched off (`
 """
 
 import difflib
-import json
 import math
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from captioner.errors import UserError
+from captioner.files import read_json
+from captioner.run_config import TRANSFORM, check_object
 from captioner.weights import OPEN_CLIP_TEXT, Table, fetch, load_into, read_state_dict
 
 
@@ -69,6 +70,20 @@ class TimmVision(nn.Module):
         if x.ndim == 4 and getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":
             return x.flatten(1, 2)
         return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (B, N, D)
+
+    def behind_tokens(self) -> frozenset[str]:
+        """Names of the parameters that ask for a gradient and get none from the tokens, such as SigLIP's pooling; encodes a blank image."""
+        asking = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if not asking:
+            return frozenset()
+        training = self.training
+        self.eval()
+        tokens = self(torch.zeros(1, 3, self.image_size, self.image_size, device=next(iter(asking.values())).device))
+        self.train(training)
+        if not tokens.requires_grad:
+            return frozenset(asking)
+        received = torch.autograd.grad(tokens.sum(), list(asking.values()), allow_unused=True)
+        return frozenset(name for name, gradient in zip(asking, received, strict=True) if gradient is None)
 
     def _load(self, path: Path) -> None:
         state = read_state_dict(path)
@@ -123,13 +138,15 @@ def key_table(trunk: nn.Module, state: dict[str, Tensor]) -> Table:
 
 
 def open_clip_preprocess(config_file: Path) -> dict:
-    """The image settings of an open_clip_config.json, those that it has, as arguments of ImageTransform."""
-    try:
-        settings = json.loads(config_file.read_text(encoding="utf-8")).get("preprocess_cfg", {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {config_file}: {error}") from error
+    """The image settings of an open_clip_config.json, those that it has, as arguments of ImageTransform. Raises UserError where they are none."""
+    config = read_json(config_file)
+    settings = config.get("preprocess_cfg", {}) if isinstance(config, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(f"{config_file}: not a JSON object with an object preprocess_cfg")
     names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
-    return {name: settings[name] for name in names if settings.get(name) is not None}
+    found = {name: settings[name] for name in names if settings.get(name) is not None}
+    check_object(found, {name: TRANSFORM[name] for name in found}, f"{config_file}: preprocess_cfg")
+    return found
 
 
 def _check_architecture(architecture: str) -> None:

@@ -19,6 +19,7 @@ from captioner.files import describe_os_error, replacing
 
 SPACE = "▁"  # how sentencepiece writes a space inside a piece
 FILE_NAME = "spiece.model"
+MAX_BYTES = 2**26
 
 
 class Tokenizer:
@@ -37,16 +38,23 @@ class Tokenizer:
         lacking = [name for name, i in (("pad", self.pad_id), ("eos", self.eos_id), ("unk", self.unk_id)) if i < 0]
         if lacking:
             raise UserError(f"{self.path} is not a T5 vocabulary: it has no {', '.join(lacking)} piece")
-        self._pieces = [self._processor.id_to_piece(i) for i in range(len(self._processor))]
+        try:
+            self._pieces = [self._processor.id_to_piece(i) for i in range(len(self._processor))]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} is damaged: a piece of it is not UTF-8") from error
         self._special_ids = {self._pieces[i]: i for i in (self.pad_id, self.eos_id, self.unk_id)}
         self._special_ids |= {f"<extra_id_{i}>": len(self) - 1 - i for i in range(extra_ids)}
         self._special = re.compile("(" + "|".join(re.escape(piece) for piece in self._special_ids) + ")")
 
     def _read(self) -> sentencepiece.SentencePieceProcessor:
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such sentencepiece file")
+        if not self.path.is_file():  # to open a pipe would wait for ever
+            raise UserError(f"cannot read the sentencepiece file {self.path}: it is no file")
+        if self.path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{self.path} is not a sentencepiece model: it is larger than {MAX_BYTES} bytes")
         try:
             proto = self.path.read_bytes()
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: no such sentencepiece file") from None
         except OSError as error:
             raise UserError(f"cannot read the sentencepiece file {describe_os_error(error)}") from error
         try:

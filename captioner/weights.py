@@ -11,10 +11,10 @@ before the first tensor is copied.
 """
 
 import hashlib
-import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from captioner.clip_hf import clip_config_to_hf
 from captioner.errors import UserError
+from captioner.files import read_json
 from captioner.t5 import T5Config
 from captioner.vit import VisionConfig
 
@@ -44,7 +45,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if path.is_dir():
         return _read_directory(path)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"no weights at {path}: no such file or directory")
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -71,9 +72,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise _pickle_refused(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a safetensors file: its name must end in .safetensors")
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise UserError(f"{path} is no file")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"cannot read {path}, a damaged or incomplete safetensors file: {one_line(error)}") from error
 
 
@@ -83,7 +86,11 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).is_file():
             raise UserError(f"shard {shard} is missing: {index} names it, and it is not in {index.parent}")
-        state.update(_read_file(index.parent / shard))
+        tensors = _read_file(index.parent / shard)
+        elsewhere = [name for name in tensors if weight_map.get(name, shard) != shard]
+        if elsewhere:
+            raise UserError(f"{shard} holds tensors that {index} has in another shard: {_short(elsewhere)}")
+        state.update(tensors)
     missing, unexpected = weight_map.keys() - state.keys(), state.keys() - weight_map.keys()
     if missing or unexpected:
         raise UserError(f"the shards of {index} do not match it: {both_lists(missing, unexpected)}")
@@ -92,15 +99,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard, of a shard index."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        # The names come from the file: they may not lead out of its directory.
-        outside = [shard for shard in shards if Path(shard).name != shard]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the shard index {index}: {one_line(error)}") from error
+    values = read_json(index)
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"cannot read the shard index {index}: its weight_map is no object of file names")
+    # The names come from the file: they may not lead out of its directory.
+    outside = [shard for shard in weight_map.values() if Path(shard).name != shard or not shard.isprintable()]
     if outside:
-        raise UserError(f"the shard index {index} names a file outside its directory: {outside[0]}")
+        raise UserError(f"the shard index {index} names a file outside its directory: {_short(outside)}")
     return weight_map
 
 
@@ -115,7 +121,8 @@ def _pickle_refused(path: Path) -> UserError:
 
 def one_line(error: Exception) -> str:
     """An exception of another library for the end of a message: its type and text, at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return text if text.isprintable() else ascii(text)
 
 
 # ---- hub -------------------------------------------------------------------------------------------------
@@ -215,14 +222,14 @@ def rename(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
         if isinstance(rule, Split):
             count = len(rule.targets)
             if tensor.ndim <= rule.dim or tensor.shape[rule.dim] % count:
-                raise UserError(f"{key} has shape {list(tensor.shape)}: axis {rule.dim} does not split into {count}")
+                raise UserError(f"{_short([key])} has shape {list(tensor.shape)}: axis {rule.dim} does not split into {count}")
             parts = [(target, part.clone()) for target, part in zip(rule.targets, tensor.chunk(count, rule.dim))]
         else:
             parts = [(rule, tensor)] if rule is not None else []
         for target, part in parts:
             name = _fill(target, found[1])
             if name in ours:
-                raise UserError(f"{key} and another key are both {name} here")
+                raise UserError(f"{_short([key])} and another key are both {_short([name])} here")
             ours[name] = part
     if unknown:
         raise UserError(f"unknown keys: {_short(unknown)}")
@@ -261,7 +268,8 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], table: Table | Non
 
     `table` None means that the names are the module's own. `donor_name` is what messages call the source. A module on
     the meta device gets its memory here. Raises UserError, and changes nothing, if a key is unknown, missing or
-    unexpected or a shape differs; the message carries both sorted lists, the first 8 names of each.
+    unexpected, a shape differs or a number is not finite; the message carries both sorted lists, the first 8 names of
+    each.
     """
     mismatch = f"{donor_name} does not fit {type(module).__name__}"
     if table is not None:
@@ -282,15 +290,20 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], table: Table | Non
     if wrong:
         raise UserError(f"{mismatch}: {_short(wrong)}")
     on_meta = any(tensor.is_meta for tensor in own.values())
-    if on_meta:
-        state = {key: state[key].to(tensor.dtype, copy=True) for key, tensor in own.items()}
+    # In the module's dtype: a number that is finite in a wider one need not be so here.
+    state = {key: state[key].to(tensor.dtype, copy=on_meta) for key, tensor in own.items()}
+    damaged = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()]
+    if damaged:
+        raise UserError(f"{mismatch}: {_short(damaged)} has values that are not finite")
     module.load_state_dict(state, strict=True, assign=on_meta)
 
 
 def _short(names: Iterable[str], limit: int = 8) -> str:
+    """Names that come from a file, on one line: the first ones sorted, each at most 200 characters."""
     names = sorted(names)
     rest = f", … ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest if names else "none"
+    shown = [name if name.isprintable() else ascii(name) for name in names[:limit]]
+    return ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in shown) + rest if names else "none"
 
 
 def both_lists(missing: Iterable[str], unexpected: Iterable[str]) -> str:
@@ -463,6 +476,9 @@ HF_T5: Table = {
     "decoder.block.{}.layer.2.DenseReluDense.wo.weight": "decoder.blocks.{}.mlp.wo.weight",
     "decoder.final_layer_norm.weight": "decoder.norm.weight",
 }
+# Sizes of a config.json beyond this are none of a T5; the largest one has a vocabulary of 2**18 and width 2**16.
+LARGEST_SIZE = 2**20
+MAY_BE_ZERO = ("num_layers", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 OUR_T5 = {ours: donor for donor, ours in HF_T5.items() if ours is not None}
 
 
@@ -482,8 +498,11 @@ def t5_from_hf(state: Mapping[str, Tensor], values: Mapping, donor_name: str) ->
     Raises UserError where names of one tensor hold different ones, or a config without that key says they are tied.
     """
     state = dict(state)
+    if not isinstance(values, Mapping):
+        raise UserError(f"config.json of {donor_name}: not a JSON object")
     try:
         config = T5Config.from_dict(dict(values))
+        check_t5_config(config, state)
     except UserError as error:
         raise UserError(f"config.json of {donor_name}: {error}") from error
     for alias in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
@@ -498,6 +517,30 @@ def t5_from_hf(state: Mapping[str, Tensor], values: Mapping, donor_name: str) ->
             )
         config = replace(config, tie_word_embeddings=tied)
     return state, config
+
+
+def check_t5_config(config: T5Config, state: Mapping[str, Tensor]) -> None:
+    """Raises UserError where a config from a file has no sense, or more layers than there are weights for, before a module of its sizes is built."""
+    for field in fields(config):
+        value, name = getattr(config, field.name), field.name
+        if field.type is int and not (type(value) is int and (name in MAY_BE_ZERO or value > 0) and 0 <= value <= LARGEST_SIZE):
+            raise UserError(f"{name} is {reprlib.repr(value)}, not a whole number from {0 if name in MAY_BE_ZERO else 1} to {LARGEST_SIZE}")
+        if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
+            raise UserError(f"{name} is {reprlib.repr(value)}, not a number from 0 to below 1")
+        if field.type in (bool, bool | None) and not isinstance(value, bool):
+            raise UserError(f"{name} is {reprlib.repr(value)}, not true or false")
+    if config.num_heads * config.d_kv > LARGEST_SIZE:
+        raise UserError(f"{config.num_heads} heads of {config.d_kv} are wider than {LARGEST_SIZE}")
+    if config.relative_attention_num_buckets < 4 or config.relative_attention_max_distance <= config.relative_attention_num_buckets // 2:
+        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        raise UserError(f"{buckets} buckets of relative attention do not reach a distance of {distance}")
+    ids = max(config.pad_token_id, config.eos_token_id, config.decoder_start_token_id)
+    if ids >= config.vocab_size:
+        raise UserError(f"token {ids} is not in a vocabulary of {config.vocab_size}")
+    for part, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+        stored = len({found[1] for name in state if (found := re.match(rf"{part}\.block\.([0-9]+)\.", name))})
+        if layers > stored:
+            raise UserError(f"{layers} layers of the {part}, and weights of {stored}")
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:

@@ -4,6 +4,8 @@ Nothing here draws from a random generator with state: the order of an epoch and
 functions of the seed, the epoch and the row's id, so that a run resumes anywhere and workers change nothing.
 """
 
+import contextlib
+import ctypes
 import signal
 import sys
 from collections import Counter
@@ -19,6 +21,9 @@ from data.collate import Collate
 from data.images import MAX_PIXELS, BadImage
 from data.rows import DataError, Row
 from data.transforms import ImageTransform
+
+
+PR_SET_PDEATHSIG = 1
 
 
 class FeatureStore(Protocol):
@@ -60,6 +65,15 @@ class BadImageLedger:
         if bad.id not in self.rows:
             self.rows[bad.id] = bad
             self.warn(f"bad image left out ({bad.reason}): {bad.message}")
+
+    def remember(self, records: list[dict]) -> None:
+        """Records of `to_list` from an earlier process; nothing is said of them again. Raises DataError where they are none."""
+        try:
+            rows = [BadRow(**record) for record in records]
+        except TypeError as error:
+            raise DataError(f"the record of bad images is damaged ({error})") from error
+        for bad in rows:
+            self.rows.setdefault(bad.id, bad)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,14 +140,19 @@ def epoch_order(n: int, seed: int, epoch: int, stream: int = 0) -> list[int]:
 
 
 class Batches:
-    """One pass over the batches of an order, from `start_batch` on; see `make_loader`."""
+    """One pass over some batches of an order; see `make_loader`."""
 
     def __init__(
-        self, loader: DataLoader, start_batch: int, ledger: BadImageLedger, features: FeatureStore | None = None
+        self,
+        loader: DataLoader,
+        places: Sequence[int],
+        ledger: BadImageLedger,
+        features: FeatureStore | None = None,
     ) -> None:
+        """places: the `batch_index` of each batch of the loader."""
         self.loader = loader
         self.features = features
-        self.start_batch = start_batch
+        self.places = places
         self.ledger = ledger
 
     def __len__(self) -> int:
@@ -141,13 +160,16 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict]:
-        for index, batch in enumerate(self.loader, start=self.start_batch):
+        return (batch for batch in self.turns() if batch is not None)
+
+    def turns(self) -> Iterator[dict | None]:
+        """The batches as they come, None in the place of one with no good image."""
+        for index, batch in zip(self.places, self.loader, strict=True):
             for bad in batch["bad"]:
                 self.ledger.record(bad)
             if "features" in batch:
                 batch["features"] = self.features.gather(batch["features"])
-            if batch["ids"]:
-                yield {"batch_index": index, **batch}
+            yield {"batch_index": index, **batch} if batch["ids"] else None
 
 
 def make_loader(
@@ -162,6 +184,7 @@ def make_loader(
     epoch: int = 0,
     max_caption_tokens: int = 64,
     start_batch: int = 0,
+    share: tuple[int, int] = (0, 1),
     ledger: BadImageLedger | None = None,
     pin_memory: bool = False,
     widths: Sequence[int] = (),
@@ -171,25 +194,33 @@ def make_loader(
     With `widths` (ascending), labels are padded to the next of them; without, to the longest caption of the batch.
 
     Every batch also carries `batch_index`, its place in the epoch: `start_batch = batch_index + 1` resumes after it.
+    With share (rank, count), those whose `batch_index % count` is the rank: the batches of one of several processes.
     Bad images go to the ledger as they are met, and a batch with no good image is not yielded.
     """
     if batch_size < 1 or workers < 0 or start_batch < 0:
         raise ValueError(f"batch_size {batch_size}, workers {workers}, start_batch {start_batch}: too small")
-    pieces = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    rank, count = share
+    if not 0 <= rank < count:
+        raise ValueError(f"share {share}: needs 0 <= rank < count")
+    places = [place for place in range(start_batch, -(-len(order) // batch_size)) if place % count == rank]
     loader = DataLoader(
         dataset,
-        batch_sampler=pieces[start_batch:],
+        batch_sampler=[list(order[place * batch_size : (place + 1) * batch_size]) for place in places],
         num_workers=workers,
         collate_fn=Collate(tokenizer_encode, captions_per_image, seed, epoch, max_caption_tokens, tuple(widths)),
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=quiet_worker,
         pin_memory=pin_memory,
         # Its own generator, so that iterating draws nothing from the global one, which dropout uses.
         generator=torch.Generator(),
     )
-    return Batches(loader, start_batch, ledger if ledger is not None else BadImageLedger(), dataset.features)
+    return Batches(loader, places, ledger if ledger is not None else BadImageLedger(), dataset.features)
 
 
-def _quiet_worker(worker: int) -> None:
-    """One thread per worker, and Ctrl-C left to the main process."""
+def quiet_worker(worker: int) -> None:
+    """One thread per worker; signals to the process group are left to the main process, which ends its workers."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has prctl
+        # A worker whose process was killed would keep its sockets open until torch notices, 5 s later.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -8,6 +8,7 @@ the file is decoded whole, and every mode has a stated conversion.
 import os
 import stat
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 128_000_000
+STRIP_ROWS = 256
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> the transposition that makes the image upright.
@@ -136,31 +138,56 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "LAB":
         raise BadImage(name, "format", "has mode LAB, which is not read: convert it to RGB first")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _by_strips(image, _on_white)
     # convert() returns a copy even for RGB: the result must outlive the file.
     return image.convert("RGB")
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in strips of rows, each with its first row: a copy in 64 bits of the largest whole image would take gigabytes."""
+    for top in range(0, image.height, STRIP_ROWS):
+        yield top, image.crop((0, top, image.width, min(image.height, top + STRIP_ROWS)))
+
+
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """convert(image) for a conversion that treats every pixel alone."""
+    result = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        result.paste(convert(strip), (0, top))
+    return result
+
+
 def _grey_16_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)  # (H, W)
-    low, high = int(values.min()), int(values.max())
+    ranges = [(int(values.min()), int(values.max())) for values in (np.asarray(strip) for _, strip in _strips(image))]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     if low < 0 or high > 65535:
         raise BadImage(
             name, "format", f"integer grey from {low} to {high} has no known white: convert it to 8 or 16 bits"
         )
-    grey = ((values + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+
+    def convert(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip).astype(np.int64)  # (h, W)
+        grey = ((values + 128) // 257).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return _by_strips(image, convert)
 
 
 def _float_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image, dtype=np.float64)  # (H, W)
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise BadImage(
-            name, "format", "floating-point grey outside 0 to 1 has no known white: convert it to 8 or 16 bits"
-        )
-    return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
+    def convert(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip, dtype=np.float64)  # (h, W)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise BadImage(
+                name, "format", "floating-point grey outside 0 to 1 has no known white: convert it to 8 or 16 bits"
+            )
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
+
+    return _by_strips(image, convert)

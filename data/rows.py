@@ -6,6 +6,7 @@ look alike.
 """
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,8 @@ from typing import Protocol
 from PIL import Image
 
 from data.images import MAX_PIXELS, BadImage, check_regular_file, open_image
+
+MAX_TAR_IMAGE_BYTES = 2**28
 
 
 class DataError(ValueError):
@@ -55,12 +58,54 @@ class FileImage:
             raise BadImage(self.name, "unreadable", error.strerror or str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class TarImage:
+    """An image in a tar: the `size` bytes from `offset` on. The tar is opened for each reading and nothing unpacked."""
+
+    tar: Path
+    member: str
+    offset: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.tar}/{self.member}"
+
+    def open(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        return open_image(io.BytesIO(self._content()), max_pixels=max_pixels, name=self.name)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
+        check_regular_file(self.tar, self.name)
+        if not 0 < self.size <= MAX_TAR_IMAGE_BYTES:
+            reason = "too-large" if self.size else "empty"
+            raise BadImage(self.name, reason, f"has {self.size} bytes, at most {MAX_TAR_IMAGE_BYTES} are read")
+        try:
+            with open(self.tar, "rb", buffering=0) as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise BadImage(self.name, "unreadable", error.strerror or str(error)) from error
+        if len(content) < self.size:
+            raise BadImage(self.name, "truncated", f"the tar ends after {len(content)} of its {self.size} bytes")
+        return content
+
+
 @dataclass(frozen=True)
 class Row:
-    """One image with its captions; `question` and `answers` are filled by the readers of question-answering data."""
+    """One image with its captions.
+
+    `question` and `answers` are filled by the readers of question-answering data, `chosen` and `rejected` by that of
+    preferences. `weight` is how often the row is shown in an epoch, on average over epochs, see data/mixing.py.
+    """
 
     id: str
     image: ImageSource
     captions: tuple[str, ...] = ()
     question: str | None = None
     answers: tuple[str, ...] = ()
+    chosen: str | None = None
+    rejected: str | None = None
+    weight: float = 1.0

@@ -53,11 +53,11 @@ def load_adapter(model: nn.Module, directory: str | Path, base_sha256: str | Non
     refuse_other_base(weights_path, metadata, base_sha256)
     if name is not None:
         settings = settings._replace(name=name)
-    check_new_name(model, settings.name)
     try:
+        check_new_name(model, settings.name)
         paths = residual_names(model, settings.sublayers, settings.where)
     except ValueError as error:
-        raise ValueError(f"{config_path} does not fit: {error}") from None
+        raise ValueError(f"{config_path} does not fit: {short([str(error)])}") from None
     adapters = bottlenecks(model, paths, settings)
     own = {f"{path}.{key}": value for path, made in adapters.items() for key, value in made.named_parameters()}
     refuse_other_names(weights_path, own.keys() - tensors.keys(), tensors.keys() - own.keys())
@@ -69,7 +69,8 @@ def load_adapter(model: nn.Module, directory: str | Path, base_sha256: str | Non
     wrong += [
         f"{key} is {str(tensors[key].dtype).removeprefix('torch.')}, expected floating point" for key in own if not tensors[key].is_floating_point()
     ]
-    wrong += [f"{key} holds values that are not finite" for key in own if not tensors[key].isfinite().all()]
+    # In the parameter's dtype: a number that is finite in a wider one need not be so here.
+    wrong += [f"{key} holds values that are not finite" for key in own if not tensors[key].to(own[key].dtype).isfinite().all()]
     if wrong:
         raise ValueError(f"{weights_path} does not fit: {short(wrong)}")
     with torch.no_grad():
@@ -83,7 +84,7 @@ def read_settings(directory: Path) -> AdapterSettings:
     """adapter_config.json of a directory, checked to be an adapter that Bottleneck can compute."""
     config, path = read_config(directory), directory / CONFIG_FILE
     if config.get("peft_type") != "BOTTLENECK":
-        raise ValueError(f"{path}: peft_type is {json.dumps(config.get('peft_type'))}, not BOTTLENECK")
+        raise ValueError(f"{path}: peft_type is {short([json.dumps(config.get('peft_type'))])}, not BOTTLENECK")
     lacking = [key for key in AdapterSettings._fields if key not in config]
     if lacking:
         raise ValueError(f"{path}: lacks {', '.join(lacking)}")
@@ -93,5 +94,5 @@ def read_settings(directory: Path) -> AdapterSettings:
         check_choices(settings.sublayers, SUBLAYERS, "sub-layer")
         check_choices(settings.where, WHERE, "place")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {short([str(error)])}") from None
     return settings

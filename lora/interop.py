@@ -171,15 +171,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:  # the last ones: a type of numbers that torch has not
+        raise ValueError(f"{path}: not a safetensors file ({short([str(error)])})") from None
 
 
 def refuse_other_base(path: Path, metadata: Mapping[str, str], base_sha256: str | None) -> None:
     """Raises ValueError where a file's metadata name another backbone than the one that is given; either may be silent."""
     made_for = metadata.get("base_sha256")
     if None not in (made_for, base_sha256) and made_for != base_sha256:
-        raise ValueError(f"{path} was made for another backbone (sha256 {made_for[:12]}, here {base_sha256[:12]})")
+        raise ValueError(f"{path} was made for another backbone (sha256 {short([made_for[:12]])}, here {base_sha256[:12]})")
 
 
 def refuse_other_names(path: Path, missing: Iterable[str], unexpected: Iterable[str], is_empty: bool = False) -> None:

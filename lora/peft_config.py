@@ -3,6 +3,7 @@
 import json
 import re
 import reprlib
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -35,9 +36,13 @@ WITHOUT_EFFECT = {
 }
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # An expression from a file can take Python's `re` exponential time: a process of its own matches, which can be stopped.
-REGEX_SECONDS = 10
+REGEX_SECONDS = 4  # of processor time: a machine busy with other work gives them late
+REGEX_PATIENCE = 60  # seconds of the clock
+MAX_CONFIG_BYTES = 2**24
 REGEX_MATCHER = """
-import json, re, sys
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_CPU)[1]))
 patterns, names = json.load(sys.stdin)
 try:
     json.dump([[name for name in names if re.fullmatch(pattern, name)] for pattern in patterns], sys.stdout)
@@ -54,8 +59,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -146,13 +153,14 @@ def full_matches(patterns: Iterable[str], names: list[str], path: Path) -> dict[
     patterns = list(dict.fromkeys(patterns))
     if not patterns:
         return {}
-    command = [sys.executable, "-I", "-S", "-c", REGEX_MATCHER]
+    command = [sys.executable, "-I", "-S", "-c", REGEX_MATCHER, str(REGEX_SECONDS)]
+    question, too_slow = json.dumps([patterns, names]), f"{path}: its regular expressions take more than"
     try:
-        answer = subprocess.run(
-            command, input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=REGEX_SECONDS
-        )
+        answer = subprocess.run(command, input=question, capture_output=True, text=True, timeout=REGEX_PATIENCE)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{path}: its regular expressions take more than {REGEX_SECONDS} s: {short(patterns)}") from None
+        raise ValueError(f"{too_slow} {REGEX_PATIENCE} s: {short(patterns)}") from None
+    if answer.returncode == -signal.SIGXCPU:
+        raise ValueError(f"{too_slow} {REGEX_SECONDS} s: {short(patterns)}")
     if answer.returncode:
         reason = answer.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"{path}: no regular expressions ({reason}): {short(patterns)}")

@@ -184,6 +184,8 @@ def load_prompt(model: nn.Module, directory: str | Path, base_sha256: str | None
     held = PLACES[:1]
     if config["peft_type"] == MULTITASK:
         rows = rows * (tensors["prefix_task_cols"][0].float() @ tensors["prefix_task_rows"][0].float())
+        if not rows.isfinite().all():
+            raise ValueError(f"{weights_path}: its prompt times its task is not finite")
         held = PLACES[: config["num_transformer_submodules"]]
     places = metadata["places"].split(",") if "places" in metadata else held
     if not set(places) <= set(held):

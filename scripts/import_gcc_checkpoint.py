@@ -207,7 +207,7 @@ def write_run(run: Path, model: Captioner, tokenizer: Tokenizer, facts: dict, se
     """The run directory; config.json, which makes it one, comes last. Of the settings it keeps those that train.py has too."""
     checkpoint.save_weights(model, tokenizer, facts, run)
     data = str(Path(settings.data).resolve()) if Path(settings.data).is_dir() else settings.data
-    checkpoint.write_config(run, {"data": data, "vision": settings.vision, "lora_alpha": settings.alpha}, facts, versions())
+    checkpoint.write_config(run, {"data": data, "vision": settings.vision, "lora_alpha": settings.alpha}, facts, {"versions": versions()})
 
 
 def check(settings: Settings) -> None:

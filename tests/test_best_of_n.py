@@ -68,13 +68,13 @@ def rows_of(path):
 
 
 def files_of(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != ".lock"}
 
 
 def test_everything_that_is_written(call, trained, clips, tmp_path, capsys):
     assert call("--json", tmp_path / "out.json") == 0
     directory = trained[0] / "results" / f"train-best-of-{N}"
-    assert {path.name for path in directory.iterdir()} == {
+    assert files_of(directory).keys() == {
         "candidates.jsonl", "candidates.settings.json", "captions.jsonl", "captions_train_results.json", "scores.json",
         "best_at_k.json", "best_at_k.png", "report.html",
     }  # fmt: skip
@@ -226,9 +226,10 @@ def test_candidates_of_other_settings_or_weights_are_refused(call, trained, tmp_
     capsys.readouterr()
     assert call("--output", tmp_path / "out", "--n", "5", "--seed", "7") == 1
     err = capsys.readouterr().err
-    assert "other settings: n 4 (now 5), seed 0 (now 7); choose another --output or delete it" in err and err.count("\n") == 1
+    path = tmp_path / "out" / "candidates.jsonl"
+    assert f"other settings: n 4 (now 5), seed 0 (now 7); choose another --output or delete {path}\n" in err and err.count("\n") == 1
     assert str(tmp_path / "out") in err
-    shutil.copyfile(trained[0] / "checkpoints" / "best" / "bridge.safetensors", tmp_path / "bridge")
+    shutil.copyfile(trained[0] / "bridge.safetensors", tmp_path / "bridge")
     from safetensors.torch import load_file, save_file
 
     save_file({name: 2 * tensor for name, tensor in load_file(tmp_path / "bridge").items()}, trained[0] / "bridge.safetensors")
@@ -236,15 +237,38 @@ def test_candidates_of_other_settings_or_weights_are_refused(call, trained, tmp_
     assert "other settings: weights " in capsys.readouterr().err
     (tmp_path / "out" / "candidates.settings.json").unlink()
     assert call("--output", tmp_path / "out") == 1
-    assert "candidates.settings.json: no such file" in capsys.readouterr().err
+    assert f"candidates.settings.json: no such file; delete {path} to start again\n" in capsys.readouterr().err
 
 
 def test_a_damaged_line_is_named(call, tmp_path, capsys):
     assert call("--output", tmp_path / "out", "--limit", "2", "--no-report") == 0
     path = tmp_path / "out" / "candidates.jsonl"
-    path.write_text("{broken\n" + path.read_text())
-    assert call("--output", tmp_path / "out") == 1
-    assert "candidates.jsonl: line 1 is damaged" in capsys.readouterr().err
+    whole = path.read_text()
+    one = json.loads(whole.splitlines()[0])
+    for damaged in ("{broken", json.dumps(one | {"candidates": ["a", None, "b", "c"]}), json.dumps(one | {"candidates": ["a"] * (N - 1)})):
+        path.write_text(f"{damaged}\n{whole}")
+        assert call("--output", tmp_path / "out") == 1
+        assert "candidates.jsonl: line 1 is damaged" in capsys.readouterr().err
+
+
+def test_replaced_pictures_are_captioned_again(call, trained, tmp_path, capsys):
+    """As if they had been so from the beginning; the other pictures keep their candidates, also where one is gone."""
+    assert call("--output", tmp_path / "out", "--no-report") == 0
+    before = {row["image_id"]: row for row in rows_of(tmp_path / "out" / "candidates.jsonl")}
+    shutil.copyfile(trained[1] / "train" / "black.png", trained[1] / "train" / "red.png")
+    (trained[1] / "train" / "blue.png").unlink()
+    assert call("--output", tmp_path / "out", "--no-report") == 3
+    assert "8 images of train, 7 of them finished before" in capsys.readouterr().err
+    assert call("--output", tmp_path / "anew", "--no-report") == 3
+    again, anew = ({row["image_id"]: row for row in rows_of(tmp_path / name / "candidates.jsonl")} for name in ("out", "anew"))
+    assert again["red.png"] == anew["red.png"] != before["red.png"] and {**again, "red.png": None} == {**before, "red.png": None}
+    result = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert result["images"] == 7 and [bad["id"] for bad in result["bad_images"]] == ["blue.png"]
+
+
+def test_nothing_is_written_where_a_clip_cannot_be_loaded(call, tmp_path):
+    assert call("--output", tmp_path / "out", "--reranker", "ViT-Tinny") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_images_exit_3_every_time(call, trained, tmp_path, capsys):

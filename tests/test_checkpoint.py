@@ -158,18 +158,3 @@ def test_the_newest_run_is_the_one_trained_last(tmp_path):
             os.utime(tmp_path / name / file, (1000 + age, 1000 + age))
     (tmp_path / "unfinished").mkdir()
     assert checkpoint.newest_run(tmp_path).name == "new"
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    def write(directory):
-        (directory / "weights").write_text("first")
-
-    def fail(directory):
-        (directory / "weights").write_text("half")
-        raise UserError("the disk is full")
-
-    saved = checkpoint.save_checkpoint(tmp_path, "last", write)
-    with pytest.raises(UserError):
-        checkpoint.save_checkpoint(tmp_path, "last", fail)
-    assert (saved / "weights").read_text() == "first"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last"]

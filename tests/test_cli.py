@@ -108,15 +108,36 @@ def test_an_unexpected_exception_keeps_its_traceback():
         cli.run_command(main, [])
 
 
-def test_stop_signal_is_polled_first_and_interrupts_second():
+def test_the_first_stop_signal_is_polled():
     before = signal.getsignal(signal.SIGTERM)
     with cli.StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM
         assert stop.exit_code == 143
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+TWO_SIGNALS = """
+import os, signal, sys, time
+from captioner import cli
+cli.StopSignal.PASSED_ON = 0.2
+with cli.StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("passed on", flush=True)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never", flush=True)
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_stop_signal_ends_at_once_but_for_one_that_a_launcher_passes_on(launched):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"} if launched else os.environ
+    done = subprocess.run([sys.executable, "-c", TWO_SIGNALS], env=environment, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == ("passed on\n" if launched else "")
+    assert ("a second signal ends at once" in done.stderr) == (not launched), "one of several processes speaks"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_leftover(tmp_path):

@@ -1,6 +1,9 @@
 """From rows to batches: order, the pick of captions, labels, workers, bad images."""
 
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -168,6 +171,21 @@ def test_resume_from_any_batch(rows):
     assert run(rows, order=order, start_batch=5) == []
 
 
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_shares_are_the_batches_dealt_out(rows, start):
+    order = epoch_order(len(rows), 0, 4)
+    whole = run(rows, order=order, epoch=4, start_batch=start)
+    for count in (2, 3, 9):
+        shares = [run(rows, order=order, epoch=4, start_batch=start, share=(rank, count)) for rank in range(count)]
+        for rank, share in enumerate(shares):
+            assert all(batch["batch_index"] % count == rank for batch in share)
+        dealt = sorted((batch for share in shares for batch in share), key=lambda batch: batch["batch_index"])
+        assert_same_batches(whole, dealt)
+    for share in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="needs 0 <= rank < count"):
+            run(rows, share=share)
+
+
 def test_labels_of_different_lengths_and_missing_captions():
     labels = pad_labels([[[5, 6, 1]], [[7, 1], [8, 9, 10, 11, 1]]], max_caption_tokens=4)
     assert labels.tolist() == [
@@ -304,3 +322,22 @@ def test_a_worker_uses_one_thread(rows):
     finally:
         torch.set_num_threads(threads)
     assert batch["ids"] == ["1", "1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_live_through_a_signal_to_their_group(rows, number):
+    """The main process catches it; its workers, which get it too, go on to the last batch and then end."""
+    caught = []
+    previous = signal.signal(number, lambda *_: caught.append(number))
+    try:
+        batches = iter(make_loader(CaptionDataset(rows, TRANSFORM), encode, 2, range(len(rows)), workers=2))
+        ids = list(next(batches)["ids"])
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            os.kill(worker.pid, number)
+        os.kill(os.getpid(), number)
+        ids += [row_id for batch in batches for row_id in batch["ids"]]
+    finally:
+        signal.signal(number, previous)
+    assert ids == [row.id for row in rows] and caught == [number] and len(workers) == 2
+    assert not any(worker.is_alive() for worker in workers)

@@ -10,7 +10,10 @@ import torch
 import lora
 from captioner import checkpoint, cli, generate
 from captioner.decode_weights import choose_precision, int8_obstacle
-from captioner.decoding import RunSettings, Stopped, are_scenes, attend, open_run, until_stopped, weights_hash
+from captioner.decoding import RunSettings, are_scenes, attend, open_run, weights_hash
+from captioner.errors import Stopped
+from captioner.job import Job
+from captioner.processes import Processes
 from captioner.report import item_of
 from data import scenes
 
@@ -36,7 +39,7 @@ def test_attention_of_a_written_caption_is_that_of_its_tokens(opened):
 
     batch = next(iter(opened.batches(4)))
     captions = [texts[0] for texts in batch["captions"]]
-    found = attend(opened, batch, captions)
+    found = attend(opened, batch, opened.tokenizer.encode(captions))
     for index, (words, maps) in enumerate(found):
         assert " ".join(words) == captions[index] and maps.shape == (len(words), 2, 2)
         ids = torch.tensor([[0, *opened.tokenizer.encode([captions[index]])[0]]])
@@ -63,7 +66,7 @@ def test_bf16_memory_decodes(trained):
     batch = next(iter(opened.batches(4)))
     memory = opened.encode(batch)
     assert memory.dtype == torch.bfloat16
-    assert len(opened.tokenizer.decode(generate.greedy(opened.model, memory))) == 4 and len(attend(opened, batch, ["a", "b", "c", "d"])) == 4
+    assert len(opened.tokenizer.decode(generate.greedy(opened.model, memory))) == 4 and len(attend(opened, batch, [[5], [6], [7], [8]])) == 4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("int8", marks=needs_int8), "auto"])
@@ -92,14 +95,29 @@ def test_layers_that_a_decode_precision_does_not_reach_are_said(trained, monkeyp
     assert f"--decode-precision bf16: {layers} of 23 layers stay as they are (unmerged LoRA, a 4-bit base)\n" in capsys.readouterr().err
 
 
-def test_a_loop_stops_after_the_item_in_hand():
-    done = []
-    with cli.StopSignal() as stop, pytest.raises(Stopped):
-        for item in until_stopped(stop)(range(9), ""):
-            if item == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            done.append(item)
-    assert done == [0, 1, 2, 3] and stop.exit_code == 143
+def test_loops_stop_after_the_item_in_hand(opened):
+    for loop, items in ((Job.progress, range(9)), (Job.turns, opened.batches(1))):
+        done = []
+        with cli.StopSignal() as stop, pytest.raises(Stopped) as stopped:
+            for item in loop(Job(stop=stop), items, ""):
+                done.append(item)
+                if len(done) == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        assert len(done) == 3 and stopped.value.number == signal.SIGTERM
+
+
+def test_a_batch_that_cannot_be_read_has_its_turn(opened):
+    opened.rows[1].image.path.write_bytes(b"")
+    assert [batch and batch["ids"] for batch in Job().turns(opened.batches(1), "")] == [["red.png"], None, ["blue.png"], ["yellow.png"]]
+
+
+def test_the_command_that_goes_on(monkeypatch):
+    assert Job().command("evaluate.py", ["runs/a run", "--split", "val"]) == "python evaluate.py 'runs/a run' --split val"
+    assert Job(Processes(1, 4)).command("evaluate.py", []) == "torchrun --nproc-per-node 4 evaluate.py"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Job(Processes(1, 4)).command("evaluate.py", []) == "torchrun --nproc-per-node 2 evaluate.py"
+    words = ["runs/a", "--n", "10"]
+    assert Job(Processes(1, 4)).command("best_of_n.py", words) == "torchrun --nproc-per-node 2 -- best_of_n.py runs/a --n 10"
 
 
 def test_scenes_are_told_from_photographs(opened):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from PIL import Image
 import evaluate
 from captioner import cli, clip_score, demo
 from captioner.clip_score import load_scorer, score_captions
+from captioner.decoding import OpenRun
 from tests import tiny_clip
 from tests.conftest import REPOSITORY
 
@@ -167,6 +169,166 @@ def test_bad_images_exit_3_and_are_listed(trained, tiny_data, tmp_path, capsys):
     assert run([trained, "--decode", "greedy", "--on-bad", "fail"]) == 1
 
 
+def interrupt(monkeypatch, owner, name: str, call: int, number: int = signal.SIGTERM) -> list:
+    """Send this process a signal in the given call of a method; the calls so far."""
+    method, calls = getattr(owner, name), []
+
+    def call_with_signal(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return method(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, call_with_signal)
+    return calls
+
+
+@pytest.mark.parametrize("decode", ["beam", "sample"])
+def test_an_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch, capsys, decode):
+    """Stopped while captioning and while looking at the decoder's attention, and cut in the middle of a line: the files of an undisturbed one."""
+    flags = [trained, "--decode", decode, "--batch-size", "1"]
+    assert run([*flags, "--output", tmp_path / "whole"]) == 0
+    cut, journal = tmp_path / "cut", tmp_path / "cut" / "decoded.jsonl"
+    for call, number, finished in ((2, signal.SIGTERM, 2), (3, signal.SIGINT, 4)):
+        with monkeypatch.context() as patch:
+            calls = interrupt(patch, OpenRun, "encode", call, number)
+            assert run([*flags, "--output", cut]) == 128 + number
+            assert len(calls) == call
+        err = capsys.readouterr().err
+        assert f"stopped with {finished} of 4 images finished; go on with: python evaluate.py {trained} --decode {decode}" in err
+        lines = journal.read_text().splitlines(keepends=True)
+        assert len(lines) == finished and not (cut / "report.html").exists()
+        journal.write_text("".join(lines)[:-20])
+    assert run([*flags, "--output", cut]) == 0
+    assert "4 images of val, 3 of them captioned before" in capsys.readouterr().err
+    other = ("scores.json", ".lock")
+    whole, cut = ({path.name: path.read_bytes() for path in folder.iterdir() if path.name not in other} for folder in (tmp_path / "whole", cut))
+    assert whole == cut and whole.keys() == {"captions.jsonl", "captions_val_results.json", "report.html"}
+
+
+def test_captions_of_other_settings_or_weights_are_not_gone_on_with(trained, tmp_path, monkeypatch, capsys):
+    flags = [trained, "--decode", "greedy", "--batch-size", "1", "--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, OpenRun, "encode", 1)
+        assert run(flags) == 143
+    for changed, named in ((["--max-new-tokens", "9"], "max_new_tokens None (now 9)"), (["--repetition-penalty", "2"], "repetition_penalty None (now 2.0)")):
+        capsys.readouterr()
+        assert run([*flags, *changed]) == 1
+        advice = f"choose another --output or delete {tmp_path / 'out' / 'decoded.jsonl'}\n"
+        assert f"captions made with other settings: {named}; {advice}" in capsys.readouterr().err
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"text": config["model"]["text"] | {"name": "another"}}}))
+    assert run(flags) == 1
+    assert "other settings: weights " in capsys.readouterr().err
+    (trained / "config.json").write_text(json.dumps(config))
+    # What another method alone would use decides nothing.
+    assert run([*flags, "--num-beams", "3", "--temperature", "2", "--seed", "4"]) == 0
+    assert "4 images of val, 1 of them captioned before" in capsys.readouterr().err
+
+
+def decode_part(flags, monkeypatch, batches: int = 1) -> None:
+    """An evaluation that a signal stops while it decodes this batch."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, OpenRun, "encode", batches)
+        assert run(flags) == 143
+
+
+def test_a_shorter_evaluation_keeps_the_captions_of_a_longer_one(trained, tmp_path, monkeypatch, capsys):
+    flags = [trained, "--decode", "greedy", "--split", "train", "--batch-size", "3", "--output", tmp_path / "out"]
+    decode_part(flags, monkeypatch, batches=2)
+    assert run([*flags, "--limit", "2"]) == 0
+    assert "2 images of train, 2 of them captioned before" in capsys.readouterr().err
+    assert run(flags) == 0
+    assert "8 images of train, 6 of them captioned before" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("decoded*"))
+
+
+def test_a_second_evaluation_in_one_folder_is_refused(trained, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    code = (
+        "import pathlib, sys\nfrom captioner.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n    print('locked', flush=True)\n    sys.stdin.read()"
+    )
+    lock = tmp_path / "out" / ".lock"
+    with subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as first:
+        first.stdout.readline()
+        assert run([trained, "--decode", "greedy", "--output", tmp_path / "out"]) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: {tmp_path / 'out'} is in use by process {first.pid}"
+        assert list((tmp_path / "out").iterdir()) == [lock]
+        first.stdin.close()
+    assert run([trained, "--decode", "greedy", "--output", tmp_path / "out"]) == 0
+
+
+def test_replaced_pictures_are_captioned_again(trained, tiny_data, tmp_path, monkeypatch):
+    """In whole batches: the captions are those of an undisturbed evaluation of what is there."""
+    flags = [trained, "--decode", "beam", "--split", "train", "--batch-size", "4", "--no-report"]
+    decode_part([*flags, "--output", tmp_path / "out"], monkeypatch)
+    Image.new("RGB", (40, 30), "black").save(tiny_data / "train" / "red.png")
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, OpenRun, "encode", 99)
+        assert run([*flags, "--output", tmp_path / "out"]) == 0
+    assert [batch["ids"][0] for _, batch in calls] == ["red.png", "black.png"] and all(len(batch["ids"]) == 4 for _, batch in calls)
+    assert run([*flags, "--output", tmp_path / "anew"]) == 0
+    assert captions_of(tmp_path / "out" / "captions.jsonl") == captions_of(tmp_path / "anew" / "captions.jsonl")
+
+
+def test_a_picture_that_is_gone_keeps_its_caption(trained, tiny_data, tmp_path, monkeypatch, capsys):
+    """Counted as captioned and not as bad, whether its batch is decoded again or only the report would show it."""
+    flags = [trained, "--decode", "greedy", "--batch-size", "2", "--output", tmp_path / "out"]
+    decode_part(flags, monkeypatch, batches=2)
+    for name in ("red", "blue"):
+        (tiny_data / "val" / f"{name}.png").unlink()
+    journal = tmp_path / "out" / "decoded.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:3]))
+    assert run([*flags, "--on-bad", "skip"]) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["n"] == len(captions_of(tmp_path / "out" / "captions.jsonl")) == 4 and scores["bad_images"] == []
+    err = capsys.readouterr().err
+    assert f"report without a picture: {tiny_data / 'val' / 'red.png'}" in err and "1 bad image left out" not in err
+    assert "red.png" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("tokens", [["a", None], [10**9], [True], "none", None])
+def test_a_damaged_line_is_named(trained, tmp_path, monkeypatch, capsys, tokens):
+    flags = [trained, "--decode", "greedy", "--batch-size", "1", "--output", tmp_path / "out"]
+    decode_part(flags, monkeypatch)
+    journal = tmp_path / "out" / "decoded.jsonl"
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"tokens": tokens}) + "\n")
+    assert run(flags) == 1
+    assert f"{journal}: line 1 is damaged; delete the file to start again\n" in capsys.readouterr().err
+
+
+def test_where_no_results_can_be_written(trained, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for output, reason in ((tmp_path / "file", "it is no folder"), (tmp_path / "file" / "under", "Not a directory")):
+        assert run([trained, "--decode", "greedy", "--output", output]) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: no results can be written to {output}: {reason}; choose another --output"
+    (trained / "results").write_text("as where the run may only be read")
+    assert run([trained, "--decode", "greedy"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("; choose another --output")
+
+
+def test_a_checkpoint_is_no_run(trained, capsys):
+    step = next((trained / "checkpoints").glob("step-*"))
+    assert run([step]) == 1
+    reason = "is no run directory: it has no config.json; name the run, and --checkpoint best or last"
+    assert capsys.readouterr().err == f"error: {step} {reason}\n"
+
+
+def test_a_stop_while_features_are_computed(trained, tmp_path, monkeypatch, capsys):
+    from captioner.features import FeatureStore
+
+    flags = ["--decode", "greedy", "--cache-features", tmp_path / "features", "--output", tmp_path / "out"]
+    prepare = FeatureStore.prepare
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "prepare", lambda *arguments, **options: prepare(*arguments, **options, batch_size=1, images_per_shard=1))
+        interrupt(patch, FeatureStore, "write_shard", 2)
+        assert run(flags) == 143
+    assert f"stopped; go on with: python evaluate.py --decode greedy --cache-features {tmp_path / 'features'}" in capsys.readouterr().err
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 2
+    assert run(flags) == 0
+
+
 def test_a_run_of_another_format_is_refused(trained, capsys):
     config = json.loads((trained / "config.json").read_text())
     config["format"] = 99
@@ -195,7 +357,7 @@ def test_clip_scores_name_their_scorer(trained, tiny_data, clip_name, tmp_path, 
         assert [row[name] for row in rows] == pytest.approx([item[name] for item in items], abs=1e-6)
     assert clip_name in capsys.readouterr().err
     assert run([trained, "--decode", "greedy", "--scorer", "ViT-Tinny", "--output", tmp_path / "x"]) == 1
-    assert "ViT-Tinny" in capsys.readouterr().err
+    assert "ViT-Tinny" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_without_a_scorer_it_says_so(trained, capsys):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import captioner
 import lora
-from captioner import bundle, checkpoint, cli, demo, generate
+from captioner import bundle, checkpoint, checkpoint_store, cli, demo, generate
 from captioner.backbones import build_text, build_vision
 from captioner.errors import UsageError, UserError
 from captioner.export import export
@@ -114,7 +114,7 @@ def test_every_format_gives_the_run_back(make_run, tmp_path, parts, format):
     certificate = done.certificate
     assert certificate["same_captions"] and all(row["run"] == row["export"] for row in certificate["captions"]) and len(certificate["captions"]) == 8
     assert certificate["logits"]["relative"]["mean"] <= certificate["logits"]["tolerance"]["mean"] <= 1e-5
-    written = {file.relative_to(out).as_posix() if out.is_dir() else file.name: file for file in checkpoint.files_of(out)}
+    written = {file.relative_to(out).as_posix() if out.is_dir() else file.name: file for file in checkpoint_store.files_of(out)}
     written.pop("certificate.json", None)
     assert {name: row["sha256"] for name, row in certificate["files"].items()} == {
         name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in written.items()
@@ -320,7 +320,7 @@ def test_flags_that_say_nothing_are_refused(make_run, tmp_path):
             export(folder, format, **options)
     with pytest.raises(UserError, match="neither LoRA nor a soft prompt"):
         export(bare, "peft")
-    with pytest.raises(UserError, match="no checkpoints/last"):
+    with pytest.raises(UserError, match="has no checkpoint last"):
         export(run, "merged", checkpoint_name="last")
     with pytest.raises(UserError, match="caption"):
         export(bare, "merged", stack=("question",))
@@ -426,7 +426,7 @@ def test_packing_keeps_every_byte_that_matters(make_run, tmp_path):
     bundle.pack(run, tmp_path / "x.safetensors")
     with bundle.opened(tmp_path / "x.safetensors") as folder:
         assert listing(folder) == listing(run)
-        for file in checkpoint.files_of(run):
+        for file in checkpoint_store.files_of(run):
             other = folder / file.relative_to(run)
             if file.suffix != ".safetensors":
                 assert other.read_bytes() == file.read_bytes()

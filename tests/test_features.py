@@ -1,6 +1,8 @@
 """The feature cache: equal to live encoding, keyed by content and encoder, safe against interrupts and damage."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 
 from captioner.backbones import Backbone, build_vision
 from captioner.errors import UserError
-from captioner.features import FeatureStore
+from captioner.features import DeviceFeatures, FeatureStore
 from data.dataset import BadImageLedger
 from data.rows import FileImage, Row
 
@@ -120,7 +122,118 @@ def test_a_damaged_shard_is_named(backbone, rows, tmp_path):
         fresh.get(rows[0])
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        [], {}, {"images": 3}, {"images": {"a": 3}}, {"images": {"a": ["0.safetensors"]}}, {"images": {"a": ["0.safetensors", 0, 0]}}, {"images": {"a": [7, 0]}},
+        {"images": {"a": ["0.safetensors", -1]}}, {"images": {"a": ["0.safetensors", True]}}, {"images": {"a": ["0.safetensors", 0.0]}},
+        {"images": {"a": ["0.safetensors", 10**30]}}, {"images": {"a": ["../0.safetensors", 0]}}, {"images": {"a": ["/0.safetensors", 0]}},
+        {"images": {"a": ["..", 0]}}, {"images": {"a": ["", 0]}}, {"images": {"a": ["\0.safetensors", 0]}}, {"images": {"a": ["index.json", 0]}},
+    ],
+    ids=json.dumps,
+)  # fmt: skip
+def test_a_damaged_index_is_named(backbone, tmp_path, index):
+    empty = FeatureStore(tmp_path / "cache", backbone)
+    empty.directory.mkdir(parents=True)
+    empty.index_path.write_text(json.dumps(index))
+    with pytest.raises(UserError) as caught:
+        FeatureStore(tmp_path / "cache", backbone)
+    assert str(caught.value) == f"{empty.index_path} is damaged; delete {empty.directory} to encode again"
+
+
+def test_an_index_of_places_that_no_shard_has_is_named(backbone, rows, tmp_path):
+    store = prepared(tmp_path / "cache", backbone, rows)
+    index = json.loads(store.index_path.read_text())
+    store.index_path.write_text(json.dumps(index | {"images": {content: [name, 999] for content, (name, _) in index["images"].items()}}))
+    damaged = prepared(tmp_path / "cache", backbone, rows)
+    for read in (lambda: damaged.get(rows[0]), lambda: DeviceFeatures(store, rows, CPU)):
+        store.index = damaged.index
+        with pytest.raises(UserError, match=r"safetensors: cannot read features .* delete"):
+            read()
+
+
 def test_the_index_says_what_made_it(backbone, rows, tmp_path):
     store = prepared(tmp_path / "cache", backbone, rows)
     index = json.loads(store.index_path.read_text())
     assert index["backbone"] == "ViT-Tiny-Scenes" and index["transform"]["image_size"] == 16 and len(index["images"]) == 5
+
+
+class Together(torch.nn.Module):
+    """An encoder whose tokens tell what they were encoded with: the image's mean, and the mean over the batch."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        own = pixels.mean((1, 2, 3))
+        return torch.stack([own, own.mean().expand_as(own)], 1)[:, None]
+
+
+def die_after(count: int):
+    """`progress` that ends the process's work in the middle, after `count` batches."""
+
+    def progress(batches, _):
+        for number, batch in enumerate(batches):
+            if number == count:
+                raise KeyboardInterrupt
+            yield batch
+
+    return progress
+
+
+@pytest.mark.parametrize("known", [(), (0,), (2, 3), (0, 5)], ids=str)
+def test_images_are_encoded_with_the_same_others_after_any_interrupt(backbone, rows, tmp_path, known):
+    """The last bits of a product depend on what else is in it. known: rows in the cache before, as of a run on fewer images; one row is bad."""
+    backbone = Backbone(Together(), *list(vars(backbone).values())[1:])
+    (tmp_path / "1.png").write_bytes(b"broken")
+    for k in range(5, 10):
+        Image.new("RGB", (9, 9), (20 * k, 7, 3)).save(tmp_path / f"{k}.png")
+    rows = [*rows, *(Row(f"{k}.png", FileImage(tmp_path / f"{k}.png"), ("a picture",)) for k in range(5, 10))]
+    quiet, options = BadImageLedger(warn=lambda line: None), {"batch_size": 3, "images_per_shard": 3}
+    stores = []
+    for name, deaths in (("whole", []), ("killed", [0, 1, 1, 2])):
+        FeatureStore(tmp_path / name, backbone).prepare([rows[k] for k in known], quiet, CPU, **options)
+        for count in deaths:
+            try:
+                FeatureStore(tmp_path / name, backbone).prepare(rows, quiet, CPU, **options, progress=die_after(count))
+            except KeyboardInterrupt:
+                continue
+        stores.append(FeatureStore(tmp_path / name, backbone))
+        stores[-1].prepare(rows, quiet, CPU, **options)
+    whole, killed = stores
+    assert whole.get(rows[1]) is None and killed.get(rows[1]) is None
+    assert all(torch.equal(whole.get(row), killed.get(row)) for row in rows if row is not rows[1])
+    assert {file.name: file.read_bytes() for file in whole.directory.iterdir()} == {file.name: file.read_bytes() for file in killed.directory.iterdir()}
+
+
+def test_what_killed_writers_left_is_deleted_and_never_read(backbone, rows, tmp_path):
+    store = prepared(tmp_path / "cache", backbone, rows[:2])
+    half, unnamed = store.directory / ".00001-abc.safetensors.4711", store.directory / "00001-abc.safetensors"
+    for path in (half, unnamed, store.directory / ".index.json.4711"):
+        path.write_bytes(b"half")
+    again = prepared(tmp_path / "cache", backbone, rows)
+    assert {path.name for path in again.directory.iterdir()} == {"index.json", ".lock", *(name for name, _ in again.index.values())}
+    assert all(torch.allclose(again.get(row), live(backbone, row), atol=1e-5) for row in rows)
+
+
+def test_two_trainings_fill_one_folder_in_turn(backbone, rows, tmp_path, capsys):
+    """The second says that it waits, and encodes only what the first has not."""
+    store = FeatureStore(tmp_path / "cache", backbone)
+    store.directory.mkdir(parents=True)
+    code = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, store.directory / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        said = []
+
+        def progress(items, description):
+            said.append(description)
+            for item in items:
+                yield item
+                if "waiting" in description and not other.stdin.closed:
+                    prepared(tmp_path / "elsewhere", backbone, rows[:4])
+                    for file in (tmp_path / "elsewhere" / store.directory.name).iterdir():
+                        if file.name != ".lock":
+                            file.rename(store.directory / file.name)
+                    other.stdin.close()
+
+        store.prepare(rows, BadImageLedger(), CPU, batch_size=2, images_per_shard=2, progress=progress)
+    assert said == ["waiting", "encoding 1 images once"]
+    assert capsys.readouterr().err.splitlines() == [f"waiting for the process that adds to {store.directory}"]
+    assert all(torch.allclose(store.get(row), live(backbone, row), atol=1e-5) for row in rows)

@@ -43,12 +43,13 @@ def memory_of(seed: int, batch: int, width: int = 24) -> torch.Tensor:
     return torch.randn(batch, TOKENS, width, generator=torch.Generator().manual_seed(1000 + seed))
 
 
-def expected(theirs, memory, mask=None, **options):
+def expected(theirs, memory, mask=None, decoder_input_ids=None, **options):
     """transformers' ids, with nothing taken from a default generation config but the special tokens."""
     config = GenerationConfig(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, do_sample=False, **options)
     mask = torch.ones(memory.shape[:2], dtype=torch.long) if mask is None else mask.long()
+    given = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
     with torch.no_grad():
-        return theirs.generate(encoder_outputs=BaseModelOutput(memory), attention_mask=mask, generation_config=config)
+        return theirs.generate(encoder_outputs=BaseModelOutput(memory), attention_mask=mask, generation_config=config, **given)
 
 
 def padded(ids: torch.Tensor, length: int) -> torch.Tensor:
@@ -100,6 +101,50 @@ def test_beam_search_options(seed, options):
     memory = memory_of(seed, 3)
     ids = generate.beam_search(ours, memory, num_beams=4, **options)
     assert torch.equal(ids, expected(theirs, memory, num_beams=4, **{"early_stopping": False} | options))
+
+
+PREFIX = [17, 5, 17, 40]
+
+
+@pytest.mark.parametrize("options", [dict(max_new_tokens=7), dict(max_length=13), dict(max_new_tokens=9, repetition_penalty=1.4)])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_prefix_is_decoder_input_ids(seed, options):
+    theirs, ours = pair(seed, eos_boost=0.5 * (seed % 4))
+    memory = memory_of(seed, 3)
+    given = torch.tensor([[0, *PREFIX]]).expand(3, -1)
+    mask = torch.arange(TOKENS) < torch.tensor([[9], [4], [6]])
+    for beams in (1, 4, 10):
+        ids = expected(theirs, memory, mask, num_beams=beams, decoder_input_ids=given, early_stopping=False, length_penalty=1.5 if beams > 1 else 1.0, **options)
+        assert ids[:, : given.shape[1]].equal(given) and ids.shape[1] > given.shape[1]
+        options_of = {"length_penalty": 1.5, "num_beams": beams} if beams > 1 else {}
+        decode = generate.beam_search if beams > 1 else generate.greedy
+        assert torch.equal(decode(ours, memory, memory_mask=mask, prefix_ids=PREFIX, **options_of, **options), ids)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_samples_after_a_prefix_are_samples_of_its_continuations(n):
+    """At each position the draw is from transformers' distribution after the tokens so far, with the noise of that position."""
+    theirs, ours = pair(2)
+    memory = memory_of(2, 2)
+    ids = generate.sample(ours, memory, n=n, top_k=8, temperature=0.8, max_new_tokens=5, seed=3, image_ids=["a", "b"], prefix_ids=PREFIX)
+    assert ids.shape[:2] == (2, n) and (ids[..., : len(PREFIX) + 1] == torch.tensor([0, *PREFIX])).all()
+    keys = sampling.sample_keys(3, ["a", "b"], n)
+    rows, states = ids.flatten(0, 1), memory.repeat_interleave(n, dim=0)
+    for length in range(1 + len(PREFIX), rows.shape[1]):
+        before = rows[:, :length]
+        with torch.no_grad():
+            logits = theirs(encoder_outputs=BaseModelOutput(states), decoder_input_ids=before).logits[:, -1]
+        scores = hf_chain(logits, before, 0.8, 8, 0.9, 1.2)
+        drawn = (scores + sampling.gumbel_noise(keys, length, torch.arange(scores.shape[1]).expand_as(scores))).argmax(-1)
+        going_on = ~(before[:, 1 + len(PREFIX) :] == 1).any(1)
+        assert torch.equal(rows[going_on, length], drawn[going_on])
+
+
+def test_a_prefix_that_leaves_no_room_is_named():
+    _, ours = pair(0)
+    for decode in (generate.greedy, generate.beam_search, generate.sample):
+        with pytest.raises(ValueError, match="max_length=5 leaves no room after a prefix of 4 tokens"):
+            decode(ours, memory_of(0, 1), prefix_ids=PREFIX, max_length=5)
 
 
 @pytest.mark.parametrize("decode", ["greedy", "beam"])

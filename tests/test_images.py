@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import BadImage, open_image
+from data.images import STRIP_ROWS, BadImage, open_image
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -171,6 +171,58 @@ def test_float_grey():
     assert decode(encode(unit, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
     for values in ([[-1.0, 1.0]], [[0.0, 300.0]], [[0.0, np.nan]]):
         expect_bad(encode(Image.fromarray(np.array(values, np.float32)), "TIFF"), "format", "floating-point")
+
+
+TALL = (600, 3)  # rows, columns: more than two strips of the conversion
+
+
+def assert_three_alike(content: bytes, expected: np.ndarray) -> None:
+    """A grey image (h, w) in all channels."""
+    assert TALL[0] > 2 * STRIP_ROWS and expected.shape == TALL and len(np.unique(expected[:, 0])) > 200, "rows differ"
+    np.testing.assert_array_equal(decode(content), np.repeat(expected[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_every_row_of_a_tall_transparent_image(mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (*TALL, len(mode)), dtype=np.uint8)
+    colour, alpha = pixels[..., :-1].astype(float), pixels[..., -1:] / 255
+    found = decode(encode(Image.fromarray(pixels, mode), "PNG")).astype(float)
+    # Pillow composites in integers: it is off by less than one.
+    np.testing.assert_allclose(found, np.broadcast_to(colour * alpha + 255 * (1 - alpha), (*TALL, 3)), atol=1)
+
+
+def test_every_row_of_a_tall_palette_image_with_transparency():
+    generator = np.random.default_rng(0)
+    indices, palette = generator.integers(0, 256, TALL, dtype=np.uint8), generator.integers(0, 256, (256, 3), dtype=np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(palette.tobytes())
+    palette[7] = 255
+    np.testing.assert_array_equal(decode(encode(image, "PNG", transparency=7)), palette[indices])
+
+
+def test_every_row_of_a_tall_16_bit_image():
+    values = np.random.default_rng(0).integers(0, 65536, TALL, dtype=np.uint16)
+    expected = np.rint(values / 257).astype(np.uint8)
+    assert_three_alike(encode(Image.fromarray(values), "PNG"), expected)
+    assert_three_alike(encode(Image.fromarray(values.astype(np.int32)), "TIFF"), expected)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    content = png(TALL[1], TALL[0], 16, 0, rows, (b"tRNS", struct.pack(">H", int(values[550, 1]))))
+    assert_three_alike(content, np.where(values == values[550, 1], 255, expected))
+
+
+@pytest.mark.parametrize("row", [0, 300, 599])
+@pytest.mark.parametrize("value", [-1, 70000])
+def test_a_value_beyond_16_bits_is_found_in_any_row(row, value):
+    values = np.full(TALL, 5, np.int32)
+    values[row, 2] = value
+    expect_bad(encode(Image.fromarray(values), "TIFF"), "format", f"from {min(5, value)} to {max(5, value)}")
+
+
+def test_every_row_of_a_tall_float_image():
+    values = np.random.default_rng(0).random(TALL, dtype=np.float32)
+    assert_three_alike(encode(Image.fromarray(values), "TIFF"), np.rint(values.astype(np.float64) * 255).astype(np.uint8))
+    values[599, 2] = 1.5
+    expect_bad(encode(Image.fromarray(values), "TIFF"), "format", "floating-point")
 
 
 def test_one_bit_and_grey():

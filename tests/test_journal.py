@@ -1,10 +1,13 @@
 """Lines kept across interrupts: what is read back, what is dropped, what is refused."""
 
+import json
+
 import pytest
 
 from captioner.errors import UserError
 from captioner.journal import Journal
 
+FIELDS = {"tokens": lambda tokens: isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)}
 SETTINGS = {"n": 4, "weights": "0123456789abcdef" * 4}
 
 
@@ -36,17 +39,59 @@ def test_other_settings_are_named(tmp_path):
     with pytest.raises(UserError) as error:
         Journal(path, {"n": 5, "weights": "f" * 64, "top_k": None})
     assert "n 4 (now 5), weights 0123456789ab (now ffffffffffff)" in str(error.value) and "top_k" not in str(error.value)
-    with pytest.raises(UserError, match="n 4 .now None.; choose another --output"):
+    with pytest.raises(UserError, match=f"n 4 .now None.; choose another --output or delete {path}$"):
         Journal(path, {"weights": SETTINGS["weights"]})
+    path.with_suffix(".settings.json").write_text(json.dumps(SETTINGS | {"split": "v\n" * 10**4}))
+    with pytest.raises(UserError) as error:
+        Journal(path, SETTINGS)
+    assert str(error.value).isprintable() and len(str(error.value)) < 250 + len(str(path))
 
 
-@pytest.mark.parametrize("line", ["{broken", "[]", "{}", "3"])
+LINES = [
+    "{broken", "[]", "{}", "3", "[" * 100000, "\udcff",
+    '{"image_id": ["a"], "tokens": []}', '{"image_id": "b"}', '{"image_id": "b", "tokens": [1, null]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_damage_is_named(tmp_path, line):
     path = tmp_path / "lines.jsonl"
-    Journal(path, SETTINGS).add([{"image_id": "a"}])
-    path.write_text(path.read_text() + line + "\n")
+    Journal(path, SETTINGS).add([{"image_id": "a", "tokens": []}])
+    with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line + "\n")
     with pytest.raises(UserError, match="line 2 is damaged"):
+        Journal(path, SETTINGS, FIELDS)
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "no such file"), ("[]", "not a JSON object"), ("{", "not a JSON file .*")])
+def test_lines_without_their_settings(tmp_path, content, reason):
+    path = tmp_path / "lines.jsonl"
+    Journal(path, SETTINGS).add([{"image_id": "a"}])
+    path.with_suffix(".settings.json").unlink()
+    if content:
+        path.with_suffix(".settings.json").write_text(content)
+    with pytest.raises(UserError, match=f"lines.settings.json: {reason}; delete {path} to start again$"):
         Journal(path, SETTINGS)
+    path.unlink()
+    assert not Journal(path, SETTINGS).lines
+
+
+def test_the_last_line_of_an_image_counts(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    journal = Journal(path, SETTINGS)
+    journal.add([{"image_id": "a", "text": "old"}, {"image_id": "b"}])
+    journal.forget(["a", "c"])
+    assert list(journal.lines) == ["b"]
+    journal.add([{"image_id": "a", "text": "new"}])
+    assert Journal(path, SETTINGS).lines == {"a": {"image_id": "a", "text": "new"}, "b": {"image_id": "b"}}
+
+
+def test_a_journal_that_is_done_leaves_nothing(tmp_path):
+    journal = Journal(tmp_path / "lines.jsonl", SETTINGS)
+    journal.remove()
+    Journal(tmp_path / "lines.jsonl", SETTINGS).add([{"image_id": "a"}])
+    journal.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import time
 import warnings
 
@@ -17,6 +18,7 @@ from captioner.model import Captioner
 from captioner.t5 import T5, T5Config
 from captioner.vit import VisionConfig, VisionTransformer
 from lora.inject import lora_modules
+from lora.peft_config import full_matches
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -656,6 +658,15 @@ def test_an_expression_that_never_ends_is_given_up(tmp_path, monkeypatch, change
     with pytest.raises(ValueError, match="regular expressions take more than 1 s"):
         lora.load_peft(pair_of_models()[0], tmp_path, our_name)
     assert time.monotonic() - started < 10
+
+
+def test_a_machine_that_is_late_refuses_no_expression(tmp_path, monkeypatch):
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 1.5\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(slow))
+    monkeypatch.setattr("lora.peft_config.REGEX_SECONDS", 1)
+    assert full_matches([r"a.*"], ["ab", "b"], tmp_path) == {r"a.*": {"ab"}}
 
 
 def test_names_that_would_break_the_line_are_escaped(tmp_path):

@@ -131,19 +131,15 @@ def test_missing_folders_and_splits(tmp_path):
     (tmp_path / "empty").mkdir()
     expect_error("no split 'train' in .*empty: it has no sub-folders", tmp_path / "empty")
     (tmp_path / "file").write_text("x")
-    expect_error("file is a file", tmp_path / "file")
+    expect_error(r"file is a file that holds no split 'train' in a format that is known \(jsonl, csv, ", tmp_path / "file")
     expect_error("no split 'dev' in the built-in data set scenes: it has train, val, test", "scenes", "dev")
 
 
 def test_misnamed_metadata_is_pointed_out(tmp_path):
     (tmp_path / "train").mkdir()
-    expect_error(r"no metadata\.jsonl in .*train$", tmp_path)
+    expect_error(r"no metadata\.jsonl or metadata\.csv or metadata\.parquet, no \.tar and no image with a .* in .*train$", tmp_path)
     (tmp_path / "train" / "metadata.json1").write_text("{}")
-    expect_error(
-        r"no metadata\.jsonl in .*train, but metadata\.json1: it must be JSON lines named metadata\.jsonl", tmp_path
-    )
-    (tmp_path / "train" / "metadata.csv").write_text("")
-    expect_error(r"but metadata\.csv, metadata\.json1", tmp_path)
+    expect_error(r"no metadata\.jsonl or .* in .*train, but metadata\.json1: rename it", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
@@ -155,10 +151,10 @@ def test_an_empty_split_is_an_error(tmp_path, content):
 def test_unreadable_metadata(tmp_path, monkeypatch):
     write(tmp_path, {"file_name": "a", "caption": "x"})
 
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     expect_error(r"cannot read .*metadata\.jsonl: Permission denied", tmp_path)
 
 

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+import train
+from captioner import checkpoint
 from captioner.backbones import build_vision
 from captioner.errors import UserError
 from captioner.timm_vision import TimmVision, image_settings
 from captioner.weights import fingerprint
+from data.readers import read
 from data.transforms import ImageTransform
 from tests.hub_cache import hub, put  # noqa: F401
 
@@ -158,6 +161,69 @@ def test_another_image_size(tmp_path, name, tokens):
     assert backbone.module.num_tokens == tokens and backbone.transform.image_size == 256
     crop = resolve_data_config(pretrained_cfg=donor.pretrained_cfg)["crop_pct"]
     assert backbone.transform.resize_size == int(256 / crop)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ([], "not a JSON object"),
+        ({"preprocess_cfg": []}, "not a JSON object with an object preprocess_cfg"),
+        ({"preprocess_cfg": {"mean": 0.5}}, "preprocess_cfg.mean is 0.5, not three numbers"),
+        ({"preprocess_cfg": {"mean": ["a", 0, 0]}}, "preprocess_cfg.mean is .*, not three numbers"),
+        ({"preprocess_cfg": {"std": [0, 1, 1]}}, "preprocess_cfg.std is .*, not three numbers above 0"),
+        ({"preprocess_cfg": {"interpolation": "random"}}, "preprocess_cfg.interpolation is .random., not a filter"),
+        ({"preprocess_cfg": {"resize_mode": ["squash"]}}, "preprocess_cfg.resize_mode is .*, not one of shortest, longest, squash"),
+        ({"preprocess_cfg": {"fill_color": "a"}}, "preprocess_cfg.fill_color is .a., not one or three numbers"),
+        ("[" * 100_000, "not a JSON file"),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)
+def test_a_damaged_config_beside_the_weights_is_named(tmp_path, config, words):
+    save_file(timm.create_model("convnext_atto", num_classes=0).state_dict(), tmp_path / "trunk.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(UserError, match=f"^{tmp_path}/open_clip_config.json: {words}") as caught:
+        build_vision(f"timm/convnext_atto:{tmp_path}/trunk.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+BEHIND_TOKENS = {  # by reading timm: what its forward_head uses and forward_features does not
+    "mobilenetv3_small_050": ("conv_head.",), "test_vit3": ("attn_pool.",), "ghostnetv3_050": ("conv_head.",), "convnext_atto": (),
+    "vit_small_patch16_rope_mixed_224": (), "vit_small_patch16_rope_mixed_ape_224": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEHIND_TOKENS)
+def test_parameters_behind_the_tokens_are_known_and_stay_in_the_trunk(name):
+    vision, own = TimmVision(name), timm.create_model(name, num_classes=0)
+    assert vision.trunk.state_dict().keys() == own.state_dict().keys()
+    behind = {f"trunk.{parameter}" for parameter, _ in own.named_parameters() if parameter.startswith(BEHIND_TOKENS[name])}
+    assert vision.behind_tokens() == behind
+    assert vision.training and all(parameter.grad is None for parameter in vision.parameters())
+    assert vision.requires_grad_(False).behind_tokens() == set()
+
+
+@pytest.mark.parametrize(
+    "name, size, flags, behind, reached",
+    [
+        ("mobilenetv3_small_050", 64, ["--train-base", "vision"], ["trunk.conv_head.weight"], ["trunk.conv_stem.weight"]),
+        (
+            "test_vit3", 64, ["--train-base", "text", "--lora-where", "vision", "--lora-targets", "ffn"],
+            ["trunk.attn_pool.mlp.fc1.lora_B"], ["trunk.blocks.0.mlp.fc1.lora_B"],
+        ),
+    ],
+)  # fmt: skip
+def test_training_leaves_out_what_stands_behind_the_tokens(tiny_flags, tmp_path, capsys, name, size, flags, behind, reached):
+    flags = [*tiny_flags, "--vision", f"timm/{name}", "--image-size", str(size), *flags, "--max-steps", "2", "--eval-every", "2"]
+    assert train.main(flags) == 0
+    assert "of the image encoder stand behind its tokens" in capsys.readouterr().err
+    settings = train.resolve([*flags, "--output", str(tmp_path / "other")])
+    model, tokenizer, _, facts = train.build(settings, read(settings.data, "train"), tmp_path)
+    train.add_parts(model, tokenizer, settings, facts)
+    trainable = train.choose_trainable(model, settings, facts)
+    for names, trained in ((behind, False), (reached, True)):
+        for parameter in (f"vision.{path}" for path in names):
+            assert (parameter in trainable) == model.get_parameter(parameter).requires_grad == trained
+    assert checkpoint.load(tmp_path / "run")
 
 
 def test_random_trunks_have_no_hash():

@@ -11,7 +11,8 @@ from PIL import Image
 
 import captioner
 import train
-from captioner import checkpoint, cli, generate
+from captioner import checkpoint, checkpoint_store, cli, generate
+from captioner.trainer import StepLoss
 from data.images import BadImage
 from data.rows import DataError
 
@@ -46,13 +47,15 @@ def test_a_run_directory_carries_everything(tiny_flags, tiny_data, tmp_path, cap
     out = tmp_path / "run"
     for name in ("config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "bridge.safetensors", "vision/config.json", "vision/model.safetensors",
                  "text/config.json", "text/model.safetensors", "text/spiece.model", "metrics.jsonl", "loss.png", "report.html",
-                 "checkpoints/best/bridge.safetensors", "checkpoints/last/optimizer.safetensors", "checkpoints/last/state.json"):  # fmt: skip
+                 "timing.jsonl", "checkpoints/step-00000004/bridge.safetensors", "checkpoints/step-00000004/optimizer.safetensors",
+                 "checkpoints/step-00000004/complete.json"):  # fmt: skip
         assert (out / name).is_file(), name
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".png", ".html", ".model"}, "nothing else, and no pickle"
+    assert {path.suffix for path in files if path.name != ".lock"} <= {".json", ".jsonl", ".safetensors", ".png", ".html", ".model"}, "nothing else, and no pickle"
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["batch_size"] == 4 and config["settings"]["seed"] == 0
     assert {"torch", "python"} <= config["versions"].keys()
+    assert config["data"]["train"]["rows"] == 8 and config["hardware"] and "git" in config and "--batch-size" in config["command"]
     assert config["model"]["vision"]["name"] == "ViT-Tiny-Scenes"
     lines = metrics_lines(out)
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
@@ -117,7 +120,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_flags, tmp_path, mo
 
     monkeypatch.setattr(train.Trainer, "train_step", stop_after_three)
     assert run([*flags, "--output", str(interrupted)]) == 143
-    assert json.loads((interrupted / "checkpoints/last/state.json").read_text())["step"] == 3
+    assert checkpoint_store.newest(interrupted).step == 3
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
     assert run(["--resume", str(interrupted)]) == 0
     assert_equal_states(whole, weights_of(interrupted))
@@ -202,21 +205,20 @@ def test_on_bad_fail_stops(tiny_flags, tiny_data, capsys):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_loss_names_the_step_and_keeps_what_was_saved(tiny_flags, tmp_path, monkeypatch, capsys, value):
-    loss_of = train.Captioner.loss
+    forward, train_step, poisoned = StepLoss.forward, train.Trainer.train_step, []
 
-    def loss(self, memory, labels, label_smoothing=0.0):
-        total, count = loss_of(self, memory, labels, label_smoothing)
-        return (total * value if self.training and self.calls == 3 else total), count
+    def third_step(self, batches, lr):
+        if self.state.step == 2:
+            poisoned.extend(batches[0]["ids"])
+        return train_step(self, batches, lr)
 
-    def counted(self, *arguments):
-        self.calls = getattr(self, "calls", 0) + self.training
-        return loss(self, *arguments)
-
-    monkeypatch.setattr(train.Captioner, "loss", counted)
+    monkeypatch.setattr(StepLoss, "forward", lambda self, batch: forward(self, batch) * (value if poisoned else 1))
+    monkeypatch.setattr(train.Trainer, "train_step", third_step)
     assert run([*tiny_flags, "--eval-every", "2"]) == 1
-    err = capsys.readouterr().err
-    assert "non-finite loss at step 3" in err and "checkpoints/last" in err
-    assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "non-finite loss at step 3" in err and "checkpoints/step-00000002" in err and all(name in err for name in poisoned)
+    assert json.loads((tmp_path / "run/non_finite.json").read_text())["micro_batches"][0]["ids"] == poisoned
+    assert checkpoint_store.newest(tmp_path / "run").step == 2
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / "run").values())
 
 

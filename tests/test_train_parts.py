@@ -73,7 +73,7 @@ def test_all_kinds_are_trained_together_saved_and_loaded(adapt, base_run, capsys
     facts = checkpoint.read_config(path)["model"]
     assert facts["lora"] == ["decoder", "vision"] and facts["adapters"] == facts["stack"] == ["caption"] and facts["prompt"] == ["decoder"] and facts["frozen"] == []
     for name in ("adapter/adapter_config.json", "adapter/vision/adapter_model.safetensors", "adapters/caption/adapter_config.json", "prompt/adapter_config.json"):
-        assert (path / name).is_file() and (path / "checkpoints" / "last" / name).is_file(), name
+        assert (path / name).is_file() and (checkpoint.directory_of(path, "last") / name).is_file(), name
     assert json.loads((path / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert json.loads((path / "adapter" / "vision" / "adapter_config.json").read_text())["r"] == 2
     model, tokenizer, _ = captioner.load(path)
@@ -304,7 +304,7 @@ def test_folders_that_are_not_what_the_config_says_are_refused(adapt):
     bridge["weight"][0, 0] = float("nan")
     (path / "bridge.safetensors").unlink()
     save_file(bridge, path / "bridge.safetensors")
-    with pytest.raises(UserError, match="bridge.safetensors: holds values that are not finite"):
+    with pytest.raises(UserError, match="bridge.safetensors does not fit Linear: weight has values that are not finite"):
         captioner.load(path)
 
 
