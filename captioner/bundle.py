@@ -122,7 +122,7 @@ def read(path: Path):
                     foreign.append(key)
             if foreign:
                 rest = f", … ({len(foreign)} in all)" if len(foreign) > 4 else ""
-                raise UserError(f"{path}: names that no bundle has: {', '.join(map(repr, foreign[:4]))}{rest}")
+                raise UserError(f"{path}: names that no bundle has: {', '.join(f'{name!r:.200}' for name in foreign[:4])}{rest}")
             if CONFIG_FILE not in texts:
                 raise UserError(f"{path}: an incomplete bundle: no {CONFIG_FILE} in its header")
             yield file, texts, files

@@ -118,12 +118,13 @@ def damage(path: Path) -> str | None:
         found = read_json(path / MARK)
         there = {file.relative_to(path).as_posix() for file in files_of(path) if not file.name.startswith(".")} - {MARK}
         if there != set(found["files"]):
-            return f"its files are not those that {MARK} names: {', '.join(sorted(there ^ set(found['files']))[:4])}"
+            differing = ", ".join(f"{name!r:.200}" for name in sorted(there ^ set(found["files"]))[:4])
+            return f"its files are not those that {MARK} names: {differing}"
         for name, expected in found["files"].items():
             file = path / name
             # The length first: what has grown to terabytes is not read.
             if file.stat().st_size != expected["bytes"] or describe(file) != expected:
-                return f"{name} is not what was written"
+                return f"{name:.200} is not what was written"
         return None if isinstance(found["state"], dict) else f"{MARK} holds no state"
     except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         return f"{MARK} or a file that it names can not be read ({type(error).__name__})"

@@ -135,7 +135,7 @@ class Trainer:
             full = FullBatches(settings.batch_size, bucket_edges(settings.max_caption_tokens))
             self.update = StepGraphs(self.update_weights, Recorder(device), full)
         self.ledger = BadImageLedger() if ledger is None else ledger
-        self.turn = micro_batches
+        self.per_turn = micro_batches
         self.places = [0]  # of this process's micro-batches in the turn
         self.caption_tokens = min(30, settings.max_caption_tokens)  # of an evaluation's captions
         self.state = TrainState()
@@ -167,7 +167,7 @@ class Trainer:
         """
         self.set_training(True)
         self.set_lr(lr)
-        self.places = [batch["batch_index"] % self.turn for batch in batches]
+        self.places = [batch["batch_index"] % self.per_turn for batch in batches]
         self.seed_micro_batch(0)
         losses, norm = self.update([step_inputs(batch) for batch in batches])
         *losses, norm = torch.cat([losses, norm.reshape(1)]).tolist()  # one wait for the device

@@ -70,7 +70,8 @@ def load_adapter(model: nn.Module, directory: str | Path, base_sha256: str | Non
         f"{key} is {str(tensors[key].dtype).removeprefix('torch.')}, expected floating point" for key in own if not tensors[key].is_floating_point()
     ]
     # In the parameter's dtype: a number that is finite in a wider one need not be so here.
-    wrong += [f"{key} holds values that are not finite" for key in own if not tensors[key].to(own[key].dtype).isfinite().all()]
+    real = [key for key in own if tensors[key].is_floating_point()]
+    wrong += [f"{key} holds values that are not finite" for key in real if not tensors[key].to(own[key].dtype).isfinite().all()]
     if wrong:
         raise ValueError(f"{weights_path} does not fit: {short(wrong)}")
     with torch.no_grad():

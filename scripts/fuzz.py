@@ -38,7 +38,7 @@ KIND_SECONDS = 3600  # of the clock, for all mutations of one kind: a reader tha
 class Settings:
     mutations: int = setting(1000, "damaged files of each kind")
     inputs: tuple[str, ...] = setting((), "kinds of input (all, if not given)")
-    seed: int = setting(0, "the same seed damages in the same way")
+    seed: int = setting(0, "of the damage")
     workers: int = setting(1, "kinds at a time")
     json: str | None = setting(None, "write the counts to this file, - for stdout")
 

@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh "test"
-# Two OpenMP threads that spin beside another busy process run many times slower than one.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-python -m pytest "$@"
+# A process for each core, of one thread: two that spin beside another busy process run many times slower than one.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

@@ -43,7 +43,7 @@ class ReplayedOnCpu:
 
     def record(self, function):
         self.records += 1
-        results = (torch.tensor(torch.nan), torch.tensor(torch.nan))
+        results = (torch.full((1,), torch.nan), torch.tensor(torch.nan))
 
         def replay():
             self.replays += 1
@@ -162,7 +162,7 @@ def steps_of(trainer: Trainer, number: int, images: int = 4) -> list[tuple[float
 
 def loaded(batch: dict) -> dict:
     """As it comes from the loader, one caption an image: labels (B, 1, T)."""
-    return batch | {"labels": batch["labels"][:, None]}
+    return batch | {"labels": batch["labels"][:, None], "batch_index": 0}
 
 
 def test_a_trainer_with_graphs_is_the_trainer(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_the_step_asks_the_device_for_no_value(tmp_path, monkeypatch):
         trainer.seed_micro_batch(0)
         inputs = [{name: tensor.to("cuda") for name, tensor in micro_batch().items()}]
         loss, norm = trainer.update_weights(inputs)
-        assert loss.shape == norm.shape == () and loss.device.type == norm.device.type == "cuda"
+        assert loss.shape == (1,) and norm.shape == () and loss.device.type == norm.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             loss.item()
         with pytest.raises(DynamicOutputShapeException):

@@ -331,7 +331,7 @@ def test_workers_live_through_a_signal_to_their_group(rows, number):
     previous = signal.signal(number, lambda *_: caught.append(number))
     try:
         batches = iter(make_loader(CaptionDataset(rows, TRANSFORM), encode, 2, range(len(rows)), workers=2))
-        ids = list(next(batches)["ids"])
+        ids = [row_id for _ in range(2) for row_id in next(batches)["ids"]]  # one of each worker: both have begun
         workers = multiprocessing.active_children()
         for worker in workers:
             os.kill(worker.pid, number)
