@@ -160,7 +160,10 @@ PRESETS = {
 
 
 # Settings that decide no weight: a run may be gone on with under others.
-FREE = {"resume", "output", "json", "device", "workers", "threads", "lora_kernel", "report_to", "save_every", "keep_last", "dry_run", "like", "features_on_device", "shard"}
+FREE = {
+    "resume", "output", "json", "device", "workers", "threads", "lora_kernel", "report_to", "save_every", "keep_last", "dry_run", "like", "features_on_device",
+    "shard",
+}  # fmt: skip
 
 
 def get_lr(step: int, total: int, settings: Settings) -> float:
@@ -701,7 +704,8 @@ def train(settings: Settings, run: Path, goes_on: bool, job: Job, argv: list[str
 def run_steps(trainer: Trainer, schedule: TrainingSchedule, val_batches: Callable[[], Iterable[dict | None]], total: int, job: Job) -> list[float]:
     """The training loop, from where the trainer's state is to step `total`, with its evaluations; the seconds of each step.
 
-    val_batches: this process's batches of an evaluation, None in turns without one. Raises Stopped after a signal, once a resume can go on from there, and UserError where captions collapse and --stop-on-collapse is given.
+    val_batches: this process's batches of an evaluation, None in turns without one. Raises Stopped after a signal, once a resume can go on from there, and
+    UserError where captions collapse and --stop-on-collapse is given.
     """
     settings, state, processes = trainer.settings, trainer.state, trainer.processes
     eval_every = settings.eval_every or schedule.turns_per_epoch
