@@ -108,7 +108,7 @@ def read(path: Path):
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if header.get(MARK) != VERSION:
-                raise UserError(f"{path}: not a bundle (its header has {MARK} {header.get(MARK)!r}, not {VERSION!r})")
+                raise UserError(f"{path}: not a bundle (its header has {MARK} {header.get(MARK)!r:.200}, not {VERSION!r})")
             texts = {name: text for name, text in header.items() if TEXT_FILE.fullmatch(name)}
             files = {name: ({}, file_metadata(path, name, text)) for name, text in header.items() if TENSOR_FILE.fullmatch(name)}
             foreign = sorted(header.keys() - texts.keys() - files.keys() - {MARK})
@@ -136,6 +136,8 @@ def file_metadata(path: Path, name: str, text: str) -> dict[str, str]:
     metadata = json_object(text, what)
     if not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{what} are not all strings")
+    if any("\ud800" <= character <= "\udfff" for pair in metadata.items() for word in pair for character in word):
+        raise UserError(f"{what} holds half a surrogate pair, which no file can")
     return metadata
 
 
