@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import cli, scoring
 from captioner.cli import say, setting
-from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, attention_of, finish, open_journal, open_run, say_stopped
+from captioner.decoding import (
+    REPORT_IMAGES, OpenRun, RunSettings, are_scenes, attention_of, exit_code, finish, open_journal, open_run, say_stopped,
+)  # fmt: skip
 from captioner.errors import Stopped
 from captioner.files import write_json, write_text
 from captioner.job import started
@@ -205,9 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stopped:
             say_stopped("best_of_n.py", argv, settings, job, run, journal)
             return 128 + stopped.number
-        if run.ledger:
-            say(run.ledger.summary())
-        return cli.SOME_BAD if job.processes.any(len(run.ledger) > 0) else cli.DONE
+        return exit_code(run)
 
 
 def caption_and_score(settings: Settings, run: OpenRun, reranker, scorer, directory: Path, journal: Journal | None) -> None:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import cli, comparison, scoring
 from captioner.cli import repeated, say, setting
-from captioner.decoding import REPORT_IMAGES, OpenRun, RunSettings, are_scenes, attention_of, decode, finish, open_journal, open_run, say_stopped
+from captioner.decoding import (
+    REPORT_IMAGES, OpenRun, RunSettings, are_scenes, attention_of, decode, exit_code, finish, open_journal, open_run, say_stopped,
+)  # fmt: skip
 from captioner.errors import Stopped, UsageError, UserError
 from captioner.files import write_json, write_text
 from captioner.job import started
@@ -205,9 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stopped:
             say_stopped("evaluate.py", argv, settings, job, run, journal)
             return 128 + stopped.number
-        if run.ledger:
-            say(run.ledger.summary())
-        return cli.SOME_BAD if job.processes.any(len(run.ledger) > 0) else cli.DONE
+        return exit_code(run)
 
 
 def evaluate_run(settings: Settings, run: OpenRun, scorer, directory: Path, journal: Journal | None, begun: float) -> None:

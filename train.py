@@ -33,7 +33,7 @@ import lora
 from captioner import checkpoint, checkpoint_store, preflight, provenance
 from captioner.backbones import Backbone, build_text, build_vision
 from captioner.errors import Stopped, UsageError, UserError
-from captioner.features import DeviceFeatures, FeatureStore
+from captioner.features import DeviceFeatures, prepared_store
 from captioner.files import locked, write_json
 from captioner.frozen_vit import prepare_frozen
 from captioner.job import Job, started
@@ -52,6 +52,7 @@ from data.readers import BY_NAME, absolute, read
 from data.rows import DataError, Row
 from data.schedule import TrainingSchedule
 from data.transforms import RESIZE_MODES
+from data.views import parse_views
 
 
 def rank_of_places(text: str) -> int | dict[str, int]:
@@ -65,6 +66,15 @@ def rank_of_places(text: str) -> int | dict[str, int]:
     if len(dict(pairs)) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} names a place twice")
     return dict(pairs)
+
+
+def views_text(text: str) -> str:
+    """Parser of --views, which stays the text that it is."""
+    try:
+        parse_views(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 @dataclass
@@ -81,6 +91,9 @@ class Settings:
     image_size: int | None = setting(None, "input size in pixels, if not the encoder's own")
     resize_mode: str | None = setting(
         None, "how an image becomes square, if not the encoder's own way: short side and centre crop, long side and padding, or squashed whole", RESIZE_MODES
+    )
+    views: str | None = setting(
+        None, "encode several parts of each picture: 6 for the whole, its quadrants and its centre, 5, 1, or a list of names and LEFT:TOP:SIDE", parse=views_text
     )
     data: str = setting("scenes", "folder, file or shards (README: formats), a mixture A@2,B@1, or scenes (drawn); {split} in it stands for the split")
     format: str | None = setting(None, "format of --data, if not told by its content", tuple(BY_NAME))
@@ -338,6 +351,10 @@ def build(settings: Settings, rows: list[Row], directory: Path, learns: bool = T
     if settings.base:
         facts = checkpoint.read_config(settings.base)["model"]
         model, tokenizer, transform = checkpoint.load(settings.base, merge=True, dequantize=True)
+        if settings.views:
+            transform = checkpoint.with_views(transform, settings.views)
+            model.bridge = model.bridge.of_views(len(transform.views))
+            facts["vision"]["transform"] = transform.to_dict()
         vision = checkpoint.vision_backbone(model, transform, facts)
         # Weights that the base run's LoRA was merged into exist nowhere else.
         facts["vision"]["embedded"] |= "vision" in trained | set(facts["lora"])
@@ -353,6 +370,8 @@ def build(settings: Settings, rows: list[Row], directory: Path, learns: bool = T
         if settings.resize_mode:
             transform = dataclasses.replace(vision.transform, resize_mode=settings.resize_mode, resize_size=None)
             vision = dataclasses.replace(vision, transform=transform)
+        if settings.views:
+            vision = dataclasses.replace(vision, transform=checkpoint.with_views(vision.transform, settings.views))
         tokenizer_path = settings.tokenizer
         if settings.text_config and not tokenizer_path:
             tokenizer_path = directory / "spiece.model"
@@ -360,7 +379,7 @@ def build(settings: Settings, rows: list[Row], directory: Path, learns: bool = T
                 train_tokenizer([caption for row in rows for caption in row.captions], tokenizer_path, settings.vocab_size)
         text = build_text(settings.text, settings.text_config, tokenizer_path)
         tokenizer = text.tokenizer
-        model = Captioner(vision.module, text.module)
+        model = Captioner(vision.module, text.module, len(vision.transform.views))
         facts = {
             "vision": checkpoint.describe(vision, embedded=vision.weights is None or "vision" in trained),
             "text": checkpoint.describe(text, embedded=text.weights is None or "text" in trained),
@@ -549,20 +568,6 @@ def place_weights(model: Captioner, trainable: dict, facts: dict, settings: Sett
         say(f"{recompute_blocks(model)} Transformer blocks are computed again in the backward pass")
 
 
-def cached_features(settings: Settings, vision: Backbone, precision: str, model: Captioner, rows: list[Row], ledger: BadImageLedger, job: Job) -> FeatureStore:
-    """The features of all rows on disk, encoded by the main process where they are missing."""
-
-    def prepared() -> FeatureStore:
-        store = FeatureStore(Path(settings.cache_features), vision, precision, checkpoint.vision_stack(model))
-        with contextlib.suppress(Stopped):
-            store.prepare(rows, ledger, job.device, settings.workers, progress=job.progress)
-        return store
-
-    store = prepared() if job.processes.is_main else None
-    job.check()
-    return store or prepared()
-
-
 def trainer_kind(settings: Settings) -> type[Trainer]:
     """The class of the trainer."""
     if not settings.shard:
@@ -646,7 +651,10 @@ def train(settings: Settings, run: Path, goes_on: bool, job: Job, argv: list[str
         record = provenance.describe(argv, {settings.val_split: val_rows, settings.train_split: train_rows}) | {"processes": processes.count, "micro_batches": per_step}
         compare_records(settings, run, goes_on, record, facts)
         job.check()
-        store = cached_features(settings, vision, precision, model, train_rows + val_rows, ledger, job) if settings.cache_features else None
+        store = None
+        if settings.cache_features:
+            stack_of_vision, rows = checkpoint.vision_stack(model), train_rows + val_rows
+            store = prepared_store(Path(settings.cache_features), vision, precision, stack_of_vision, rows, ledger, device, settings.workers, job)
         place_weights(model, trainable, facts, settings, device, precision, from_store=store is not None)
         if store is not None and settings.features_on_device and DeviceFeatures.fit(store, train_rows + val_rows, device):
             store = DeviceFeatures(store, train_rows + val_rows, device)

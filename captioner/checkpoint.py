@@ -37,6 +37,7 @@ from captioner.t5 import T5
 from captioner.tokenizer import Tokenizer
 from captioner.vit import VisionTransformer
 from data.transforms import ImageTransform
+from data.views import parse_views
 
 PUBLISHED = ("adapter", "adapters", "prompt", "bridge.safetensors", "vision", "vision.safetensors", "text")
 TEXT_PLACES = {"decoder", "encoder"}
@@ -48,6 +49,7 @@ def load(
     *,
     vision: str | None = None,
     text: str | None = None,
+    views: str | None = None,
     adapters: Sequence[str | Path] = (),
     checkpoint: str | None = None,
     merge: bool = False,
@@ -57,7 +59,7 @@ def load(
     """(model, tokenizer, transform), on the CPU in fp32 and eval mode.
 
     run: a run directory, or a bundle of one (checkpoint: `best`, `last` or a folder's name such as `step-00000400` instead of the files at its top). Otherwise vision and text name bare backbones
-    (`--vision` and `--text` of train.py), the bridge is random, and adapters are directories of LoRA or soft prompts in PEFT's layout, made here or by
+    (`--vision`, `--text` and `--views` of train.py), the bridge is random, and adapters are directories of LoRA or soft prompts in PEFT's layout, made here or by
     `peft`, or of bottleneck adapters. merge folds LoRA into the base weights, which is faster and not undone by training. dequantize turns a 4-bit base
     into fp32 weights of the same values first. stack: the bottleneck adapters that are on, the lowest first, if not those of the run.
     Raises UserError on anything missing, unexpected or of another hash than the run was trained with, and on merging into a 4-bit base.
@@ -66,20 +68,23 @@ def load(
         if vision is None or text is None:
             raise UserError("load() takes a run directory, or both vision= and text=")
         vision_backbone, text_backbone = build_vision(vision), build_text(text)
-        model = Captioner(vision_backbone.module, text_backbone.module)
+        if views:
+            with translated():
+                vision_backbone = dataclasses.replace(vision_backbone, transform=with_views(vision_backbone.transform, views))
+        model = Captioner(vision_backbone.module, text_backbone.module, len(vision_backbone.transform.views))
         hashes = {"vision": {"hash": vision_backbone.weights_hash}, "text": {"hash": text_backbone.weights_hash}}
         if isinstance(adapters, (str, Path)):
             raise UserError(f"adapters= is a list of directories, not {str(adapters)!r}")
         for directory in adapters:
             load_adapter(model, Path(directory), hashes)
     else:
-        if adapters:
-            raise UserError("a run brings its own adapters: load() takes adapters= only with vision= and text=")
+        if adapters or views:
+            raise UserError("a run brings its own adapters and views: load() takes adapters= and views= only with vision= and text=")
         facts = read_config(run)["model"]
         with bundle.opened(Path(run)) as top:
             directory = directory_of(top, checkpoint)
             vision_backbone, text_backbone = rebuild(facts, directory)
-            model = Captioner(vision_backbone.module, text_backbone.module)
+            model = Captioner(vision_backbone.module, text_backbone.module, len(vision_backbone.transform.views))
             bridge = directory / "bridge.safetensors"
             weights.load_into(model.bridge, weights.read_state_dict(bridge), None, str(bridge))
             if facts["base_bits"]:
@@ -94,6 +99,11 @@ def load(
         if merge:
             lora.merge_lora(model, remove=True)
     return model.eval(), text_backbone.tokenizer, vision_backbone.transform
+
+
+def with_views(transform: ImageTransform, views: str) -> ImageTransform:
+    """The transform with the views of `--views`; raises ValueError, see `data.views.parse_views`."""
+    return dataclasses.replace(transform, views=parse_views(views))
 
 
 @contextlib.contextmanager

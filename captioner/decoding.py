@@ -170,7 +170,7 @@ def open_run(settings: RunSettings, group: int | None = None, job: Job | None = 
     import torch
 
     from captioner import checkpoint
-    from captioner.features import FeatureStore
+    from captioner.features import prepared_store
     from captioner.frozen_vit import prepare_frozen
     from data.dataset import BadImageLedger, CaptionDataset
     from data.readers import read
@@ -185,9 +185,8 @@ def open_run(settings: RunSettings, group: int | None = None, job: Job | None = 
     store = None
     if settings.cache_features:
         backbone = checkpoint.vision_backbone(opened.model, opened.transform, config["model"])
-        with job.processes.main_first():
-            store = FeatureStore(Path(settings.cache_features), backbone, opened.precision, checkpoint.vision_stack(opened.model))
-            store.prepare(rows, ledger, opened.device, settings.workers, progress=job.progress)
+        stack = checkpoint.vision_stack(opened.model)
+        store = prepared_store(Path(settings.cache_features), backbone, opened.precision, stack, rows, ledger, opened.device, settings.workers, job)
     elif opened.precision == "bf16":
         prepare_frozen(opened.model.vision, torch.bfloat16)
     opened.prepare(settings.decode_precision, group and group * min(settings.batch_size, len(rows)))
@@ -224,7 +223,7 @@ def attend(run: OpenRun, batch: dict, tokens: Sequence[Sequence[int]]) -> "list[
     start = run.model.text.config.decoder_start_token_id
     ids = [torch.tensor([start, *own]) for own in tokens]
     ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=run.tokenizer.pad_id).to(run.device)  # (B, T)
-    return word_attention(run.model, run.encode(batch), ids, run.tokenizer)
+    return word_attention(run.model, run.encode(batch), ids, run.tokenizer, run.transform.views)
 
 
 def attention_of(run: OpenRun, settings: RunSettings, tokens: dict[str, Sequence[int]]) -> "dict[str, tuple[list[str], np.ndarray | None]]":
@@ -313,6 +312,13 @@ def finish(run: OpenRun, settings: RunSettings, journal: Journal | None, descrip
     for row in rows:
         run.ledger.rows.pop(row.id, None)  # gone since it was captioned: its caption stays
     return rows
+
+
+def exit_code(run: OpenRun) -> int:
+    """Of a command that finished, once what bad images any process met is said."""
+    if run.ledger:
+        cli.say(run.ledger.summary())
+    return cli.SOME_BAD if run.job.processes.any(len(run.ledger) > 0) else cli.DONE
 
 
 def weights_hash(run: OpenModel, checkpoint: str | None) -> str:

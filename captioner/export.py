@@ -251,7 +251,9 @@ def readme(model: Captioner, facts: dict, format: str, fold_rslora: bool) -> str
         "",
         "| file | what it is | loads by |",
         "| --- | --- | --- |",
-        '| bridge.safetensors | linear map from image tokens to the decoder\'s memory | `safetensors.torch.load_file`: "weight" (D, D_vision), "bias" |',
+        '| bridge.safetensors | linear map from image tokens to the decoder\'s memory | `safetensors.torch.load_file`: "weight" (D, D_vision), "bias"'
+        + (' and "view_embedding" (views, D), added to all tokens of a view' if model.views else "")
+        + " |",
     ]
     if text["embedded"]:
         calls = '`transformers.T5ForConditionalGeneration.from_pretrained("text")`, `T5Tokenizer.from_pretrained("text")`'
@@ -283,7 +285,7 @@ def readme(model: Captioner, facts: dict, format: str, fold_rslora: bool) -> str
 def recipe(facts: dict, has_hf_vision: bool) -> list[str]:
     """Lines of README.md: code that captions an image without this program, where that can be."""
     vision, text = facts["vision"], facts["text"]
-    if not has_hf_vision or facts["adapters"] or facts["prompt"]:
+    if not has_hf_vision or facts["adapters"] or facts["prompt"] or "views" in vision["transform"]:
         return ["Only `captioner.load` puts this captioner together: it has parts that the other programs do not know."]
     from_vision = '"vision"' if vision["embedded"] else f"...  # {vision['name']}:{vision['weights']} in Hugging Face's form"
     # The embedded demo T5 is no repository; transformers 5 would keep bf16 files in bf16.

@@ -1,7 +1,9 @@
 """Features of a frozen image encoder, computed once and kept on disk as safetensors shards.
 
 A folder holds one encoder's tokens: its name is a hash of the encoder's weights and adapters, the transform and the dtype, so another encoder can never read them by
-mistake. An image is found by the hash of its content, so renaming files costs nothing and changing one recomputes it. index.json names whole shards alone.
+mistake. An image is found by the hash of its content, so renaming files costs nothing and changing one recomputes it. index.json names whole shards alone,
+with their hashes: what is damaged is encoded again. Shards are mapped into memory, so that a folder may be larger than it. In fp32 the tokens equal those of
+live encoding to the bit, see `captioner.runtime.frozen_tokens`.
 Legend: N image tokens, D encoder width.
 """
 
@@ -11,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ from captioner.cli import say
 from captioner.errors import UserError
 from captioner.files import describe_os_error, locked, read_json, save_tensors, sync, write_text
 from captioner.frozen_vit import is_plain, prepare_frozen, release_frozen
+from captioner.job import Job
+from captioner.runtime import frozen_tokens
 from captioner.weights import fingerprint
 from data.dataset import BadImageLedger, BadRow, Batches, CaptionDataset, make_loader
 from data.images import BadImage
@@ -47,7 +52,10 @@ class FeatureStore:
         facts |= {"arithmetic": "bf16"} if self.in_bf16 else {}
         self.directory = Path(directory) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.index_path = self.directory / "index.json"
-        self.index = self.read_index()
+        self.index: dict[str, list] = {}  # shard and position by content
+        self.hashes: dict[str, str] = {}  # SHA-256 by shard
+        self.intact: set[tuple[str, str]] = set()  # shards and hashes that were compared
+        self.read_index()
         self.facts = {"backbone": backbone.name, **facts}
         self.content: dict[str, str] = {}  # by the image's name: ids repeat across splits
         self.shards: dict[str, safe_open] = {}
@@ -61,8 +69,11 @@ class FeatureStore:
         batch_size: int = 64,
         images_per_shard: int = 1024,
         progress: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
+        verify: bool = True,
     ) -> None:
         """Encode the rows whose content is not on disk yet, a shard at a time; an interrupt keeps the finished shards. Bad images go to the ledger.
+
+        verify: compare the shards that are needed with their hashes, and encode again what is damaged.
 
         Images are encoded together by their place among all rows, not among the missing ones, since the last bits of a product may depend on what else is
         in it: features are the same after any number of kills. One process at a time adds to a folder; others wait for it, as items of `progress`.
@@ -72,12 +83,14 @@ class FeatureStore:
             try:
                 content = self.content[row.image.name] = row.image.fingerprint()
             except BadImage as bad:
-                ledger.record(BadRow(row.id, bad.name, bad.reason, str(bad)))
+                ledger.record(BadRow.of(row, bad))
                 continue
             distinct[content] = row
+        if verify:
+            self.forget_damaged(distinct, progress)
         if distinct.keys() <= self.index.keys():
             return
-        with self.only_writer(progress):
+        with self.only_writer(distinct, progress):
             self.encode(distinct, ledger, device, workers, batch_size, images_per_shard, progress)
 
     def encode(
@@ -108,7 +121,7 @@ class FeatureStore:
         try:
             for batch in progress(InTurn(loaders), f"encoding {len(lacking)} images once"):
                 with torch.inference_mode():
-                    tokens.append(module(batch["pixel_values"].to(device)).to("cpu", self.dtype))  # (B, N, D)
+                    tokens.append(frozen_tokens(module, batch["pixel_values"].to(device)).to("cpu", self.dtype))  # (B, N, D) or (B, C, N, D)
                 contents += batch["ids"]
                 if len(contents) >= images_per_shard:
                     self.write_shard(contents, tokens)
@@ -118,19 +131,48 @@ class FeatureStore:
         finally:
             release_frozen(module)
 
-    def read_index(self) -> dict[str, list]:
-        """Shard and position of each content on disk. Raises UserError where index.json holds something else."""
+    def read_index(self) -> None:
+        """Take over what index.json says; nothing where there is none, or one that holds something else."""
+        self.index, self.hashes = {}, {}
         if not self.index_path.is_file():
-            return {}
-        index = read_json(self.index_path, limit=None)
-        images = index.get("images") if isinstance(index, dict) else None
-        if not are_places(images):
-            raise UserError(f"{self.index_path} is damaged; delete {self.directory} to encode again")
-        return images
+            return
+        try:
+            index = read_json(self.index_path, limit=None)
+        except UserError:
+            index = None
+        images, hashes = (index.get("images"), index.get("shards")) if isinstance(index, dict) else (None, None)
+        if are_places(images) and are_hashes(hashes) and {name for name, _ in images.values()} <= hashes.keys():
+            self.index, self.hashes = images, hashes
+        else:
+            say(f"{self.index_path} is damaged or of an older version: the images are encoded again")
+
+    def forget_damaged(self, contents: Iterable[str], progress: Callable[[Iterable, str], Iterable]) -> None:
+        """Take out of the index what can not be read as it was written, among the shards that hold these contents."""
+        needed = {self.index[content][0] for content in contents if content in self.index}
+        unknown = sorted(name for name in needed if (name, self.hashes[name]) not in self.intact)
+        last = {name: position for name, position in sorted(self.index.values())} if unknown else {}
+        for name in progress(unknown, "checking features") if unknown else ():
+            if reason := self.damage(name, last[name]):
+                say(f"{self.directory / name}: {reason}; its images are encoded again")
+                self.index = {content: place for content, place in self.index.items() if place[0] != name}
+            else:
+                self.intact.add((name, self.hashes[name]))
+
+    def damage(self, name: str, last: int) -> str | None:
+        """Why a shard can not be used, None where it is what was written and has a last position, the highest that the index names."""
+        path = self.directory / name
+        try:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.hashes[name]:
+                    return "damaged"
+            rows = safe_open(path, framework="pt").get_slice("tokens").get_shape()[0]
+        except (OSError, SafetensorError) as error:
+            return describe_os_error(error) if isinstance(error, OSError) else str(error)
+        return None if last < rows else "the index names images that it does not hold"
 
     @contextlib.contextmanager
-    def only_writer(self, progress: Callable[[Iterable, str], Iterable]) -> Iterator[None]:
-        """The only process in this block with this folder, once others have left it; what killed ones left is gone then."""
+    def only_writer(self, contents: Iterable[str], progress: Callable[[Iterable, str], Iterable]) -> Iterator[None]:
+        """The only process in this block with this folder, once others have left it; what killed ones left, and what is damaged of these contents, is gone."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not os.access(self.directory, os.W_OK):  # nobody adds to it; what is missing may be bad images alone
             yield
@@ -142,7 +184,8 @@ class FeatureStore:
                 time.sleep(0.2)
 
         with locked(self.directory / ".lock", wait):
-            self.index = self.read_index()
+            self.read_index()
+            self.forget_damaged(contents, progress)
             self.clear_leftovers()
             yield
 
@@ -158,9 +201,12 @@ class FeatureStore:
         name = f"{len(list(self.directory.glob('*.safetensors'))):05d}-{contents[0][:8]}.safetensors"
         save_tensors(self.directory / name, {"tokens": torch.cat(tokens)})
         sync(self.directory)
+        with open(self.directory / name, "rb") as file:
+            self.hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        self.hashes = {name: self.hashes[name] for name in sorted({place[0] for place in self.index.values()} | {name})}
         for position, content in enumerate(contents):
             self.index[content] = [name, position]
-        write_text(self.index_path, json.dumps({**self.facts, "images": self.index}))
+        write_text(self.index_path, json.dumps({**self.facts, "shards": self.hashes, "images": self.index}))
 
     def get(self, row: Row) -> Tensor | None:
         """(N, D) in the store's dtype; None where `prepare` found the image bad. Raises UserError on a damaged shard."""
@@ -183,7 +229,7 @@ class FeatureStore:
             return shard[positions] if isinstance(positions, int) else shard[:][positions]
         except (OSError, SafetensorError, IndexError) as error:
             reason = describe_os_error(error) if isinstance(error, OSError) else error
-            raise UserError(f"{self.directory / name}: cannot read features ({reason}); delete {self.directory} to encode again") from error
+            raise UserError(f"{self.directory / name}: cannot read features ({reason}); the next start encodes them again") from error
 
     def places(self, rows: Sequence[Row]) -> dict[str, tuple[str, int]]:
         """Shard and position by content, each content once and in the order of the shards, for the rows that have features."""
@@ -214,6 +260,29 @@ def are_places(images: Any) -> bool:
             return False
     names = {name for name, _ in images.values()}
     return all(Path(name).name == name and name.isprintable() and name.endswith(".safetensors") for name in names)
+
+
+def are_hashes(shards: Any) -> bool:
+    """Whether a JSON value is a SHA-256 in hexadecimal by name."""
+    return isinstance(shards, dict) and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in shards.values())
+
+
+def prepared_store(
+    directory: Path,
+    backbone: Backbone,
+    precision: str,
+    stack: Sequence[str],
+    rows: Sequence[Row],
+    ledger: BadImageLedger,
+    device: torch.device,
+    workers: int,
+    job: Job,
+) -> FeatureStore:
+    """The store of an encoder, prepared for the rows by the job's main process, before the others read it. Raises Stopped, in all, where a signal came."""
+    with job.processes.main_first():
+        store = FeatureStore(directory, backbone, precision, stack)
+        store.prepare(rows, ledger, device, workers, progress=job.progress, verify=job.processes.is_main)
+    return store
 
 
 class DeviceFeatures:

@@ -138,7 +138,7 @@ def one_key_parameters(model: nn.Module, trainable: Iterable[str], caption_token
     """
     prompts = {place: len(prompt.embeddings) for place, prompt in lora.prompts(model).items()}
     patterns = []
-    if model.vision.num_tokens + prompts.get("encoder", 0) == 1:
+    if model.image_tokens + prompts.get("encoder", 0) == 1:
         patterns.append(r"text\.decoder\.blocks\.\d+\.cross_attn(_norm|\.[qk]_proj)\.")
     if caption_tokens + prompts.get("decoder", 0) == 1:
         patterns.append(r"text\.decoder\.(position_bias|blocks\.\d+\.self_attn\.[qk]_proj)\.")

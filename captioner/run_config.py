@@ -15,6 +15,7 @@ from typing import Any
 
 from captioner.errors import UserError
 from captioner.files import read_json
+from data.views import View, check_views
 
 FORMAT = 2
 LARGEST_IMAGE = 8192  # pixels along a side
@@ -55,6 +56,17 @@ def are_different(holds: Callable[[str], Any]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(isinstance(name, str) and holds(name) for name in value) and len(set(value)) == len(value)
 
 
+def are_views(value: Any) -> bool:
+    """Whether a value is a list of at least one view, see data/views.py."""
+    if not isinstance(value, list) or not value or not all(map(are_three(is_number(0, 1)), value)):
+        return False
+    try:
+        check_views(tuple(View(*view) for view in value))
+    except ValueError:
+        return False
+    return True
+
+
 def optional(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or holds(value)
 
@@ -77,6 +89,7 @@ TRANSFORM: dict[str, Rule] = {
     "resize_size": (optional(is_size), f"a number of pixels up to {LARGEST_IMAGE}, or null"),
     "fill_color": (lambda value: is_byte(value) or are_three(is_byte)(value), "one or three numbers from 0 to 255"),
 }
+VIEWS: Rule = (are_views, "a list of views, each [left, top, side] within 0 to 1")
 IS_OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
 MODEL: dict[str, Rule] = {
     "vision": IS_OBJECT, "text": IS_OBJECT, "lora": are_places, "adapters": are_names, "stack": are_names, "prompt": are_places, "frozen": are_names,
@@ -132,7 +145,9 @@ def check_model(facts: dict, where: str) -> None:
     check_object(vision, SOURCE | {"image_size": TRANSFORM["image_size"], "transform": IS_OBJECT}, f"{where}model.vision", NO_RUN)
     check_object(vision["transform"], TRANSFORM, f"{where}model.vision.transform", NO_RUN)
     check_object(text, SOURCE, f"{where}model.text", NO_RUN)
-    unknown = sorted(vision["transform"].keys() - TRANSFORM.keys())
+    if "views" in vision["transform"]:  # runs without views have no such key
+        check_object(vision["transform"], {"views": VIEWS}, f"{where}model.vision.transform", NO_RUN)
+    unknown = sorted(vision["transform"].keys() - TRANSFORM.keys() - {"views"})
     if unknown:
         raise UserError(f"{where}model.vision.transform has {as_json(unknown[0])}, which no run has")
     if vision["transform"]["image_size"] != vision["image_size"]:

@@ -8,14 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from captioner.errors import UserError
-from captioner.model import Captioner
+from captioner.model import Captioner, see
 from captioner.t5 import Stack
 from captioner.vit import VisionTransformer
 
+GPU_GROUP = 32
 PROCESS_STATUS = Path("/proc/self/status")
 PACKAGES = ("torch", "numpy", "pillow", "timm", "open-clip-torch", "sentencepiece", "safetensors")
 
@@ -51,12 +53,28 @@ def cpu_has_amx() -> bool:
 
 
 def encode_images(model: Captioner, batch: dict, device: torch.device, trains_vision: bool = False) -> Tensor:
-    """Memory (B, N, D) of a batch that holds pixels (B, 3, H, W) or the frozen encoder's features (B, N, D_vision)."""
+    """Memory (B, N, D) of a batch that holds pixels (B, 3, H, W) or the frozen encoder's features (B, N, D_vision); of views, as `Captioner.read`."""
     if "features" in batch:
         return model.read(batch["features"].to(device, model.bridge.weight.dtype))
-    with torch.set_grad_enabled(trains_vision and torch.is_grad_enabled()):
-        tokens = model.vision(batch["pixel_values"].to(device))
-    return model.read(tokens)
+    pixel_values = batch["pixel_values"].to(device)
+    return model.read(see(model.vision, pixel_values) if trains_vision else frozen_tokens(model.vision, pixel_values))
+
+
+@torch.no_grad()
+def frozen_tokens(vision: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Tokens of a frozen encoder as `captioner.model.see` gives them; in fp32 an image has the same bits in every batch, so that cached ones equal them.
+
+    How a product adds up depends on its shape. On a CPU images are therefore encoded one by one, which costs a large encoder nothing, and on a GPU in
+    groups of GPU_GROUP, the last one filled up. In bf16, where last bits are no matter, a batch stays one.
+    """
+    device = pixel_values.device.type
+    if torch.is_autocast_enabled(device) or getattr(vision, "frozen", None) is not None:
+        return see(vision, pixel_values)
+    images = pixel_values if pixel_values.ndim == 4 else pixel_values.flatten(0, 1)
+    size = 1 if device == "cpu" else GPU_GROUP
+    groups = [F.pad(group, (0, 0, 0, 0, 0, 0, 0, size - len(group))) for group in images.split(size)]
+    tokens = torch.cat([vision(group) for group in groups])[: len(images)]
+    return tokens if pixel_values.ndim == 4 else tokens.unflatten(0, pixel_values.shape[:2])
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype, keep: Iterable[Tensor] = ()) -> None:

@@ -102,8 +102,8 @@ def units(model: Captioner) -> list[nn.Module]:
 
 def blank_batch(model: Captioner, device: torch.device, from_features: bool) -> dict[str, Tensor]:
     """One picture of zeros with one label that does not count: its loss and all gradients are zero, and every layer runs."""
-    side = model.vision.image_size
-    shape = {"features": (1, 1, model.vision.width)} if from_features else {"pixel_values": (1, 3, side, side)}
+    side, views = model.vision.image_size, (model.views,) if model.views else ()
+    shape = {"features": (1, *views, 1, model.vision.width)} if from_features else {"pixel_values": (1, *views, 3, side, side)}
     content = {name: torch.zeros(size, dtype=model.bridge.weight.dtype, device=device) for name, size in shape.items()}
     return content | {"labels": torch.full((1, 1), IGNORED, device=device)}
 

@@ -1,9 +1,10 @@
 """Where the decoder looked while it wrote each word: cross-attention of finished captions over the grid of image tokens.
 
-Legend: B images, N image tokens, T text tokens, D width, H heads, W words.
+Legend: B images, C views, N image tokens, T text tokens, D width, H heads, W words.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,19 +12,24 @@ from torch import Tensor, nn
 
 from captioner.t5 import T5
 from captioner.tokenizer import Tokenizer
+from data.views import View
 
 
 @torch.no_grad()
-def word_attention(model: nn.Module, memory: Tensor, ids: Tensor, tokenizer: Tokenizer) -> list[tuple[list[str], np.ndarray | None]]:
+def word_attention(
+    model: nn.Module, memory: Tensor, ids: Tensor, tokenizer: Tokenizer, views: Sequence[View] = ()
+) -> list[tuple[list[str], np.ndarray | None]]:
     """For each image the words of its caption and their maps (W, h, w) in fp32; the words joined by spaces are the decoded caption.
 
     memory (B, N, D); ids (B, T) as `captioner.generate` returns them, the start token first. A map is the mean over heads, layers and the word's
     tokens. The class token of N = 1 + h * h is left out, so a map sums to at most 1. Maps are None where N is no square grid. model in eval mode.
+    Of several views, N = C * (1 + h * h), the attention is laid on one grid, fine enough for the smallest of them.
     """
     encoder = model.text.encoder
     read_too = 0 if encoder is None or encoder.prefix is None else encoder.prefix(1).shape[1]  # tokens of an instruction behind those of the image
     image_tokens = memory.shape[1] - read_too
-    grid = square_grid(image_tokens)
+    per_view = image_tokens // max(1, len(views))
+    grid = square_grid(per_view)
     captions = []
     for tokens, rows in zip(ids[:, 1:].tolist(), cross_attention(model.text, memory, ids[:, :-1]).cpu(), strict=True):
         words, members = merge_tokens(tokens, tokenizer)
@@ -33,8 +39,29 @@ def word_attention(model: nn.Module, memory: Tensor, ids: Tensor, tokenizer: Tok
         first, side = grid
         means = [rows[positions].mean(0) for positions in members]
         maps = torch.stack(means) if means else rows[:0]  # (W, N + P)
-        captions.append((words, maps[:, first:image_tokens].reshape(-1, side, side).numpy()))
+        grids = maps[:, :image_tokens].unflatten(1, (-1, per_view))[:, :, first:].unflatten(2, (side, side))  # (W, C, h, w)
+        captions.append((words, (on_one_grid(grids, views) if views else grids[:, 0]).numpy()))
     return captions
+
+
+def on_one_grid(grids: Tensor, views: Sequence[View]) -> Tensor:
+    """What each view's grid (W, C, h, h) holds, added up on one grid (W, s, s) of the square that the views are parts of; sums stay."""
+    side = grids.shape[-1]
+    cells = math.ceil(side / min(view.side for view in views))
+    total = grids.new_zeros(len(grids), cells, cells)
+    for grid, view in zip(grids.unbind(1), views, strict=True):
+        rows, columns = shares(view.top, view.side, side, cells), shares(view.left, view.side, side, cells)
+        total += rows.T @ grid @ columns
+    return total
+
+
+def shares(start: float, length: float, parts: int, cells: int) -> Tensor:
+    """Which share of each of the equal parts of [start, start + length) lies in each of the cells of [0, 1): (parts, cells)."""
+    part, cell = length / parts, 1 / cells
+    lower = start + part * torch.arange(parts, dtype=torch.float64)[:, None]
+    bounds = cell * torch.arange(cells, dtype=torch.float64)
+    overlap = torch.minimum(lower + part, bounds + cell) - torch.maximum(lower, bounds)
+    return (overlap.clamp(min=0) / part).float()
 
 
 def cross_attention(text: T5, memory: Tensor, input_ids: Tensor) -> Tensor:

@@ -48,6 +48,10 @@ class BadRow:
     reason: str
     message: str
 
+    @classmethod
+    def of(cls, row: Row, bad: BadImage) -> "BadRow":
+        return cls(id=row.id, name=bad.name, reason=bad.reason, message=str(bad))
+
 
 class BadImageLedger:
     """Names each bad image once, on standard error, and counts it; `on_bad="fail"` raises DataError at the first."""
@@ -117,7 +121,7 @@ class CaptionDataset(Dataset):
             else:
                 content = {"features": self._features(row)}
         except BadImage as bad:
-            return BadRow(id=row.id, name=bad.name, reason=bad.reason, message=str(bad))
+            return BadRow.of(row, bad)
         return {"id": row.id, "captions": row.captions, **content}
 
     def _features(self, row: Row) -> torch.Tensor:

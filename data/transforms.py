@@ -6,11 +6,14 @@ floor(image_size / crop_pct)`.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+
+from data.views import WHOLE, View, check_views
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,11 +32,13 @@ WIDEST_FILTER = 3
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """PIL RGB image -> float32 tensor (3, image_size, image_size).
+    """PIL RGB image -> float32 tensor (3, image_size, image_size), or with views (C, 3, image_size, image_size).
 
     resize_mode: "shortest" makes the shorter side `resize_size` and crops the centre; "longest" makes the longer side
     `resize_size` and pads with `fill_color`; "squash" resizes both sides, ignoring the aspect ratio, and crops.
     resize_size: None means image_size. fill_color: one value or (red, green, blue), 0 to 255.
+    views: squares of what the plain transform shows, see data/views.py; one of half the side is cut out of the image
+    resized to twice the size.
     """
 
     image_size: int
@@ -43,6 +48,7 @@ class ImageTransform:
     resize_mode: str = "shortest"
     resize_size: int | None = None
     fill_color: int | tuple[int, int, int] = 0
+    views: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or (self.resize_size is not None and self.resize_size < 1):
@@ -58,30 +64,35 @@ class ImageTransform:
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         if not isinstance(self.fill_color, int):
             object.__setattr__(self, "fill_color", tuple(self.fill_color))
+        object.__setattr__(self, "views", tuple(View(*view) for view in self.views))
+        check_views(self.views)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         if image.mode != "RGB":
             raise ValueError(
                 f"ImageTransform takes an RGB image, not mode {image.mode}: open it with data.images.open_image"
             )
-        pixels = torch.from_numpy(np.array(self._resize_and_crop(image)))  # (H, W, 3) uint8
-        pixels = pixels.permute(2, 0, 1).contiguous().float().div_(255)  # (3, H, W)
+        crops = np.stack([np.asarray(crop) for crop in self._crops(image)])  # (C, H, W, 3) uint8
+        pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous().float().div_(255)  # (C, 3, H, W)
         mean = torch.tensor(self.mean).view(3, 1, 1)
         std = torch.tensor(self.std).view(3, 1, 1)
-        return pixels.sub_(mean).div_(std)
+        pixels = pixels.sub_(mean).div_(std)
+        return pixels if self.views else pixels[0]
 
     def seen_box(self, image: Image.Image) -> tuple[float, float, float, float]:
         """The part of the image that the tensor shows: (left, top, right, bottom) as fractions of its width and height.
 
-        Padding lies outside 0 to 1.
+        Padding lies outside 0 to 1. With views, the square that they are parts of.
         """
         width, height = self._resized_size(image)
         (left, right), (top, bottom) = _centre(width, self.image_size), _centre(height, self.image_size)
         return left / width, top / height, right / width, bottom / height
 
     def to_dict(self) -> dict:
-        """The settings as JSON values."""
-        return asdict(self)
+        """The settings as JSON values; without views there is no such key."""
+        settings = asdict(self)
+        views = settings.pop("views")
+        return settings | ({"views": [list(view) for view in views]} if views else {})
 
     @classmethod
     def from_dict(cls, settings: dict) -> "ImageTransform":
@@ -91,26 +102,35 @@ class ImageTransform:
             raise ValueError(f"unknown image transform settings: {', '.join(unknown)}")
         return cls(**settings)
 
-    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        size = self.image_size
-        width, height = self._resized_size(image)
-        left, right = _centre(width, size)
-        top, bottom = _centre(height, size)
+    def _crops(self, image: Image.Image) -> Iterator[Image.Image]:
+        """The picture of each view, mode RGB, image_size square; views of one scale share the resized image."""
+        resized: dict[float, Image.Image] = {}
+        for view in self.views or (WHOLE,):
+            yield self._crop(image, view, resized)
+
+    def _crop(self, image: Image.Image, view: View, resized: dict[float, Image.Image]) -> Image.Image:
+        """One view; resized: images that were resized for views of a side, to which this one's is added."""
+        size, shown = self.image_size, round(self.image_size / view.side)  # shown: the square that the view is a part of
+        width, height = self._resized_size(image, view.side)
+        left = _centre(width, shown)[0] + round(view.left * shown)
+        top = _centre(height, shown)[0] + round(view.top * shown)
+        right, bottom = left + size, top + size
         resample = Image.Resampling[self.interpolation.upper()]
         inside = left >= 0 and top >= 0 and right <= width and bottom <= height
         if inside and width * height > MAX_RESIZED_PIXELS:
             return _resize_window(image, (width, height), (left, top, right, bottom), resample)
-        if (width, height) != image.size:
-            image = image.resize((width, height), resample)
+        if view.side not in resized:
+            resized[view.side] = image if (width, height) == image.size else image.resize((width, height), resample)
         if inside:
-            return image.crop((left, top, right, bottom))
+            return resized[view.side].crop((left, top, right, bottom))
         fill = self.fill_color if self.resize_mode == "longest" else 0
         canvas = Image.new("RGB", (size, size), (fill,) * 3 if isinstance(fill, int) else fill)
-        canvas.paste(image, (-left, -top))
+        canvas.paste(resized[view.side], (-left, -top))
         return canvas
 
-    def _resized_size(self, image: Image.Image) -> tuple[int, int]:
-        target = self.resize_size or self.image_size
+    def _resized_size(self, image: Image.Image, side: float = 1.0) -> tuple[int, int]:
+        """(width, height) of the resized image that a view of this side is cut out of."""
+        target = round((self.resize_size or self.image_size) / side)
         width, height = image.size
         if self.resize_mode == "squash":
             return target, target
