@@ -52,12 +52,13 @@ def examine(splits: Sequence[Split], tokenizer: Tokenizer | None, max_caption_to
 
     tokenizer: T5's, None leaves its counts out.
     """
-    copies = Copies({split.name: split.facts for split in splits})
+    copies = Copies({split.name: _once(split) for split in splits})
     texts = {split.name: _texts(split.rows) for split in splits}
     return {
         "splits": {
             split.name: {
                 "images": len(split.rows),
+                "different_files": len({row.image.name for row in split.rows}),
                 "captions": sum(len(row.captions) for row in split.rows),
                 "captions_per_image": summary([len(row.captions) for row in split.rows]),
                 "without_caption": _counted([row.id for row in split.rows if not row.captions and row.question is None]),
@@ -77,6 +78,14 @@ def examine(splits: Sequence[Split], tokenizer: Tokenizer | None, max_caption_to
             for first, second in itertools.combinations(splits, 2)
         ],
     }
+
+
+def _once(split: Split) -> list[ImageFacts | None]:
+    """The facts by row, None also where an earlier row has the same file: to ask two questions of a picture makes no copy of it."""
+    first: dict[str, int] = {}
+    for number, row in enumerate(split.rows):
+        first.setdefault(row.image.name, number)
+    return [facts if first[row.image.name] == number else None for number, (row, facts) in enumerate(zip(split.rows, split.facts, strict=True))]
 
 
 def summary(values: Iterable[float]) -> dict | None:

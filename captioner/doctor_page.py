@@ -123,7 +123,7 @@ def _leak(leak: dict, splits: dict[str, Split]) -> str:
 def _pairs(copies: dict, first: Split, second: Split) -> str:
     figures = []
     for example in _some(copies):
-        told = "the same file" if example["kind"] == "exact" else f"the same look, {counted(example['distance'], 'bit')} apart"
+        told = "the same file" if example["kind"] == "exact" else f"the same look, {example['distance']} of 64 bits of its hash differ"
         shown = "".join(_picture(split, split.rows[number]) for split, number in zip((first, second), example["rows"], strict=True))
         figures.append(f'<figure><figcaption>{told}</figcaption><div class="pair">{shown}</div></figure>')
     left = copies["images"] - len(figures)
@@ -131,9 +131,12 @@ def _pairs(copies: dict, first: Split, second: Split) -> str:
 
 
 def _some(copies: dict) -> list[dict]:
-    """Pairs to show: of many, exact ones take half of the places at most."""
+    """Pairs to show: of many, exact ones take half of the places at most; of near ones the closest and the most doubtful."""
     listed, exact = copies["listed"], min(copies["exact"], SHOWN_PAIRS // 2)
-    return [*listed[:exact], *listed[copies["exact"] :], *listed[exact : copies["exact"]]][:SHOWN_PAIRS]
+    near, places = listed[copies["exact"] :], SHOWN_PAIRS - exact
+    if len(near) > places:
+        near = near[: places - places // 2] + near[-(places // 2) :]
+    return [*listed[:exact], *near, *listed[exact : copies["exact"]]][:SHOWN_PAIRS]
 
 
 def _of_every_reason(bad: list[dict]) -> list[dict]:

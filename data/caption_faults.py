@@ -21,6 +21,13 @@ HTML_TAGS = (
 TAG = re.compile(rf"</?({'|'.join(HTML_TAGS)})(\s[^<>]*|/)?>", re.IGNORECASE)
 ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]*|#[0-9]+|#[xX][0-9A-Fa-f]+);")
 BRACKETED = re.compile(r"</?[A-Za-z][A-Za-z0-9_ -]*>|\[[A-Z][A-Z_]+\]|\{\{?[A-Za-z_]+\}?\}")
+# What exports, cameras and forms put where no caption was written, as the whole caption.
+NO_CAPTION = frozenset(
+    "nan none null nil n/a na tbd todo undefined unknown untitled missing caption description image picture photo img "
+    "placeholder default".split()
+) | {"no caption", "no description", "no image", "no text", "alt text"}
+FILE_NAME = re.compile(r"\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic)|(?:IMG|DSC[NF]?|PXL|VID|MVIMG)[_-]?\d[\w-]*", re.IGNORECASE)
+LOREM = re.compile(r"\blorem ipsum\b", re.IGNORECASE)
 URL = re.compile(r"\b(?:https?|ftp)://\S+|\bwww\.[\w-]+\.\S+", re.IGNORECASE)
 EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
@@ -84,7 +91,17 @@ def _html(text: str) -> str | None:
 
 
 def _placeholder(text: str) -> str | None:
+    whole = text.strip()
+    if " ".join(whole.casefold().split()).strip(".:!?-–[]()<>\"'") in NO_CAPTION or FILE_NAME.fullmatch(whole):
+        return whole
+    lorem = LOREM.search(text)
+    if lorem:
+        return lorem[0]
     return next((found[0] for found in BRACKETED.finditer(text) if not TAG.fullmatch(found[0])), None)
+
+
+def _no_words(text: str) -> str | None:
+    return None if any(character.isalpha() for character in text) else text
 
 
 def _not_nfc(text: str) -> str | None:
@@ -105,6 +122,7 @@ FAULTS: dict[str, Check] = {
     "invisible character": _first(INVISIBLE),
     "HTML": _html,
     "placeholder": _placeholder,
+    "no words": _no_words,
     "URL": _first(URL),
     "e-mail address": _first(EMAIL),
     "not NFC": _not_nfc,
@@ -128,7 +146,7 @@ def check(text: str) -> dict[str, str]:
 
 
 EVERY = FAULTS | HABITS
-PLAIN = ("HTML", "placeholder", "URL", "e-mail address", "spaces", "all capitals", "repeated word")
+PLAIN = ("HTML", "placeholder", "no words", "URL", "e-mail address", "spaces", "all capitals", "repeated word")
 
 
 def ends_with_mark(text: str) -> bool:

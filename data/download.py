@@ -118,9 +118,10 @@ class Download:
         if not self.tasks:
             await asyncio.sleep(pause)
             return
-        done, self.tasks = await asyncio.wait(self.tasks, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(self.tasks, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
+        self.tasks -= done
 
     def _start(self, work) -> None:
         self.tasks.add(asyncio.create_task(work))

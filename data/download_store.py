@@ -11,6 +11,7 @@ before its image gets its name, and when the store is opened a row whose image i
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -32,6 +33,7 @@ MANIFEST, SETTINGS, SHARDS, METADATA = "manifest.jsonl", "manifest.settings.json
 PARTS, SPOOL = ".parts", ".shards"
 UNFINISHED, OK = 0, 1  # indices of the first two reasons
 FILE = re.compile(r"([0-9]{5,}\.tar/)?[0-9]{6,}\.[a-z]{3,4}")  # under "file" in the manifest
+ASIDE = re.compile(r"\.([0-9]{5,}\.tar|metadata\.jsonl|manifest\.settings\.json)\.[0-9]+")  # of `_replacing`
 METADATA_KEYS = ("caption", "url", "sha256", "width", "height")
 OK_KEYS = ("sha256", "bytes", "width", "height", "file")
 
@@ -56,7 +58,7 @@ class Store:
         shutil.rmtree(folder / PARTS, ignore_errors=True)
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         self._read(retry)
-        self._remove_spools()
+        self._remove_leftovers()
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115: open as long as the store is
         self.size = self.file.tell()
 
@@ -95,8 +97,7 @@ class Store:
         record = self._record(result)
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         try:
-            if self.file.write(line) != len(line):
-                raise OSError(None, "the disk is full")
+            _append(self.file, line, self.size)
             if isinstance(result.outcome, Picture):
                 target = self._image_path(record)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +135,8 @@ class Store:
                 images += 1
         entry = {"file": target.name, "images": images, "rows": self.shard_rows}
         entry |= {"bytes": target.stat().st_size, "manifest_bytes": end}
-        with open(self.folder / SHARDS, "ab") as file:
-            file.write((json.dumps(entry) + "\n").encode())
-            file.flush()
+        with open(self.folder / SHARDS, "ab", buffering=0) as file:
+            _append(file, (json.dumps(entry) + "\n").encode(), file.tell())
             os.fsync(file.fileno())
         self.packed[shard] = end
         self.unpacked.discard(shard)
@@ -256,8 +256,11 @@ class Store:
                 raise DataError(f"{path}, line {number} is damaged; choose another output folder") from None
         return {shard: end for shard, end in packed.items() if (self.folder / f"{shard:05d}.tar").is_file()}
 
-    def _remove_spools(self) -> None:
-        """Spools whose images are all in a tar were left by a kill."""
+    def _remove_leftovers(self) -> None:
+        """What a kill left: files that were to take another's place, and spools whose images are all in a tar."""
+        for path in self.folder.iterdir():
+            if ASIDE.fullmatch(path.name):
+                path.unlink()
         for spool in sorted((self.folder / SPOOL).glob("*")):
             if not (spool.name.isdigit() and int(spool.name) in self.unpacked):
                 shutil.rmtree(spool, ignore_errors=True)
@@ -266,9 +269,10 @@ class Store:
         path = self.folder / SETTINGS
         settings = {"shards": self.shard_rows}
         if not self.path.exists():
-            if (self.folder / METADATA).exists():
-                raise DataError(f"{self.folder} holds data that was not downloaded here: choose another folder")
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Images of the same names would be replaced.
+            if any(not file.name.startswith(".") and file.name != SETTINGS for file in self.folder.iterdir()):
+                raise DataError(f"{self.folder} holds data that was not downloaded here: choose another folder")
             with _replacing(path) as aside:
                 aside.write_text(json.dumps(settings) + "\n", encoding="utf-8")
             return
@@ -311,6 +315,17 @@ def _is_record(record) -> bool:
         return all(key in record for key in OK_KEYS) and isinstance(file, str) and FILE.fullmatch(file) is not None
     may_pass = record.get("may_pass")
     return record.get("status") == "failed" and isinstance(record.get("reason"), str) and isinstance(may_pass, bool)
+
+
+def _append(file: io.FileIO, line: bytes, size: int) -> None:
+    """Add a line to a file of size bytes, whole or not at all: half a line would spoil the next one. Raises OSError."""
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise
 
 
 def _json_lines(path: Path) -> Iterator[tuple[bytes, object]]:

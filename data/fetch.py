@@ -215,12 +215,13 @@ class Fetcher:
         if (response.content_length or 0) > limit:
             raise Failure("too-many-bytes", f"{response.content_length} bytes, more than the limit of {limit}")
         decode = Unpacking(response.headers.get("Content-Encoding", ""), limit)
-        digest, size, head, extension = hashlib.sha256(), 0, b"", None
+        digest, sent, size, head, extension = hashlib.sha256(), 0, 0, b"", None
         with _open_part(part) as file:
             async for chunk in response.content.iter_any():
+                sent += len(chunk)  # counted too: a packed stream can go on for ever and hold nothing
                 content = decode(chunk)
                 size += len(content)
-                if size > limit:
+                if max(sent, size) > limit:
                     raise Failure("too-many-bytes", f"more than the limit of {limit}")
                 if extension is None:
                     head += content
@@ -286,13 +287,16 @@ def _network_failure(error: Exception) -> Failure:
 
 def _open_part(part: Path):
     try:
-        return open(part, "wb")
+        # Without a buffer: what the disk has no room for fails in _write, not where the file is closed.
+        return open(part, "wb", buffering=0)
     except OSError as error:
         raise DataError(f"cannot write {part}: {error.strerror or error}") from error
 
 
 def _write(file, content: bytes, part: Path) -> None:
+    rest = memoryview(content)
     try:
-        file.write(content)
+        while rest:
+            rest = rest[file.write(rest) :]
     except OSError as error:
         raise DataError(f"cannot write {part}: {error.strerror or error}") from error

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import BadRow, quiet_worker
 from data.images import FORMATS, MAX_PIXELS, ORIENTATION_TAG, BadImage
-from data.rows import ImageSource, Row
+from data.rows import FileImage, ImageSource, Row, TarImage
 
 GPS_TAG = 0x8825
 COLUMNS, ROWS = 9, 8  # cells whose neighbours in a row are compared: 8 x 8 bits
@@ -79,7 +79,7 @@ def difference_hash(image: Image.Image) -> tuple[int, int]:
 
 
 def _file_facts(source: ImageSource) -> dict:
-    """Facts of the encoded file: of sources with a `path`, or with `read()` for its bytes; of others there are none."""
+    """Facts of the encoded file, which lies on the disk or in a tar; of drawn pictures there are none."""
     try:
         file = _encoded(source)
         if file is None:
@@ -94,9 +94,13 @@ def _file_facts(source: ImageSource) -> dict:
 
 
 def _encoded(source: ImageSource) -> BinaryIO | None:
-    if hasattr(source, "path"):
+    if isinstance(source, FileImage):
         return open(source.path, "rb")
-    return io.BytesIO(source.read()) if hasattr(source, "read") else None
+    if isinstance(source, TarImage):
+        with open(source.tar, "rb") as tar:
+            tar.seek(source.offset)
+            return io.BytesIO(tar.read(source.size))
+    return None
 
 
 def _header(image: Image.Image) -> dict:
@@ -143,7 +147,7 @@ class _FactsDataset(Dataset):
         try:
             return look_at(row.image, self.max_pixels)
         except BadImage as bad:
-            return BadRow(id=row.id, name=bad.name, reason=bad.reason, message=str(bad))
+            return BadRow.of(row, bad)
 
 
 def look_at_all(

@@ -16,6 +16,7 @@ MAX_DISTANCE = 2 * PARTS - 1  # the most that one wrong bit in a part can find
 # Copies of photographs (JPEG at quality 30, a brightness of 1.25, 64 pixels and back): 0.97 and more, up to 45 levels.
 MIN_CORRELATION = 0.9
 MAX_DIFFERENCE = 48  # levels of 255, of an average over 1/256 of the picture
+CROWD = 64
 BLOCK = 1 << 17  # candidate pairs at once, which fit into a processor's cache
 LOOKED_AT = 1 << 12  # pairs of thumbnails at once
 EVERY_2, EVERY_4, EVERY_8, ONES = (
@@ -51,16 +52,20 @@ def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray, max_distance: int = MAX_DISTANCE) -> Pairs:
     """All pairs that look the same. hashes (n,) uint64; thumbnails (n, m) uint8; max_distance at most MAX_DISTANCE.
 
-    Raises ValueError for a max_distance beyond it.
+    Of thousands of pictures that all look the same, as frames of a film do, a pair is left out where both pictures have
+    CROWD others already: all of them would not fit in memory. Raises ValueError for a max_distance beyond it.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"max_distance {max_distance}: from 0 to {MAX_DISTANCE}")
     found = [np.empty((0, 3), dtype=np.int64)]
-    for first, second, distance in _close_pairs(hashes, max_distance):
-        for begin in range(0, len(first), LOOKED_AT):
-            part = slice(begin, begin + LOOKED_AT)
-            alike = look_alike(thumbnails[first[part]], thumbnails[second[part]])
-            found.append(np.stack([first[part], second[part], distance[part]], axis=1)[alike])
+    company = np.zeros(len(hashes), dtype=np.int64)  # pairs that a picture is in
+    for close in _close_pairs(hashes, max_distance):
+        for begin in range(0, len(close[0]), LOOKED_AT):
+            pairs = np.stack([column[begin : begin + LOOKED_AT] for column in close], axis=1)
+            pairs = pairs[(company[pairs[:, :2]] < CROWD).any(axis=1)]
+            pairs = pairs[look_alike(thumbnails[pairs[:, 0]], thumbnails[pairs[:, 1]])]
+            np.add.at(company, pairs[:, :2].ravel(), 1)
+            found.append(pairs)
     pairs = np.concatenate(found)
     return Pairs(*pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].T)
 

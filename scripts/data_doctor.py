@@ -3,8 +3,10 @@
     python scripts/data_doctor.py DATA --tokenizer google/flan-t5-base/spiece.model      all splits of a data folder
     python scripts/data_doctor.py scenes --splits train,val --limit 500                  the drawn scenes
 
-Every picture is decoded. A table and, last, what to do go to stderr; data-doctor.html in --output shows examples. Exit code 0: no fault, 3: faults or bad
-images were found. Thresholds and definitions: data/near_duplicates.py, data/caption_faults.py, captioner/doctor.py.
+Every picture is decoded. Copies that were saved again, resized, brightened or darkened are found; mirrored, rotated, cropped, framed and grey ones are
+not. The text of captions is checked, not that of questions and answers. A table and, last, what to do go to stderr; data-doctor.html in --output shows
+examples. Exit code 0: no fault, 3: faults or bad images were found. Thresholds and definitions: data/near_duplicates.py, data/caption_faults.py,
+captioner/doctor.py.
 """
 
 import sys

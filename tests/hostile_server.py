@@ -37,6 +37,7 @@ def huge_png() -> bytes:
 
 HTML = b"<!doctype html><title>Sorry</title>" + b"<p>no picture here</p>" * 200
 BOMB = gzip.compress(b"\xff\xd8\xff" + bytes(50_000_000))
+EMPTY_BLOCK = b"\0\0\0\xff\xff"  # of a deflate stream: five bytes that unpack to nothing
 INWARD = (
     "http://169.254.169.254/latest/meta-data/", "file:///etc/passwd", "http://10.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://127.0.0.1:22/",
     "http://2130706433/", "gopher://127.0.0.1/", "http://user:word@127.0.0.1/", "//192.168.0.1/x.jpg", "http://[fd00:ec2::254]/",
@@ -168,6 +169,16 @@ class HostileServer:
 
     async def _bomb(self, writer, row, time) -> None:
         self._send(writer, BOMB, content_encoding="gzip")
+
+    async def _cookie(self, writer, row, time) -> None:
+        self._send(writer, picture(row), set_cookie="who=you; Path=/")
+
+    async def _voids(self, writer, row, time) -> None:
+        begin = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(b"")[:10]
+        await self._forever(writer, begin, EMPTY_BLOCK * 10_000)
+
+    async def _tail(self, writer, row, time) -> None:
+        await self._forever(writer, b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(picture(row)), bytes(2**16))
 
     async def _zipped(self, writer, row, time) -> None:
         self._send(writer, gzip.compress(picture(row)), content_encoding="gzip")

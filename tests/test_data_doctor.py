@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import tarfile
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,8 @@ import sentencepiece
 from PIL import Image, ImageEnhance
 
 import train
-from captioner import cli, doctor, doctor_findings
+from captioner import cli, doctor, doctor_findings, doctor_page
+from captioner.doctor_table import table
 from captioner.tokenizer import train_tokenizer
 from data import near_duplicates, scenes
 from data.caption_faults import FAULTS, HABITS, check, ends_with_mark, is_mostly_not_ascii
@@ -106,6 +108,17 @@ def test_few_of_all_pairs_are_compared(monkeypatch, same_border, share):
     monkeypatch.setattr(near_duplicates, "distances", lambda first, second: compared.append(len(first)) or distances(first, second))
     near_duplicates.near_pairs(hashes, np.zeros((count, 3), dtype=np.uint8))
     assert 0 < sum(compared) < share * count**2
+
+
+def test_in_a_crowd_of_copies_everyone_has_one_and_few_pairs_are_looked_at(monkeypatch):
+    looked, look_alike = [], near_duplicates.look_alike
+    monkeypatch.setattr(near_duplicates, "look_alike", lambda first, second: looked.append(len(first)) or look_alike(first, second))
+    rng = np.random.default_rng(0)
+    hashes = np.uint64(0x0123456789ABCDEF) ^ (np.uint64(1) << rng.integers(0, 64, 3000, dtype=np.uint64))
+    thumbnails = rng.integers(0, 200, 48)[None] + rng.integers(0, 9, (3000, 48))
+    pairs = near_duplicates.near_pairs(hashes, thumbnails.astype(np.uint8))
+    assert sum(looked) < 3000 * 3000 / 10
+    assert set(pairs.second.tolist()) == set(range(1, 3000)) and (pairs.first < pairs.second).all()
 
 
 def test_no_hashes_have_no_pairs():
@@ -254,6 +267,14 @@ SHOWN = {
     "<PERSON> at the sea": ("placeholder", "<PERSON>"),
     "a [NAME] sits": ("placeholder", "[NAME]"),
     "the end</s>": ("placeholder", "</s>"),
+    "nan": ("placeholder", "nan"),
+    "N/A.": ("placeholder", "N/A."),
+    "No caption": ("placeholder", "No caption"),
+    "IMG_20190102.jpg": ("placeholder", "IMG_20190102.jpg"),
+    "dsc-0012": ("placeholder", "dsc-0012"),
+    "Lorem ipsum dolor sit amet": ("placeholder", "Lorem ipsum"),
+    "12 / 34 ...": ("no words", "12 / 34 ..."),
+    "…": ("no words", "…"),
     "see https://example.org/a.jpg": ("URL", "https://example.org/a.jpg"),
     "from www.example.org/a": ("URL", "www.example.org/a"),
     "ask me@example.org now": ("e-mail address", "me@example.org"),
@@ -356,6 +377,7 @@ def sick(tmp_path_factory, vocabulary):
     captions |= {f"hostile{number}.png": [text] for number, text in enumerate(HOSTILE)}
     captions |= {f"same{number}.png": ["The very same caption"] for number in range(5)}
     captions["unknown.png"] = ["A price of 5 ₿ and ☃ and ☃"]
+    captions["digits.png"] = ["12345"]
     captions["long.png"] = ["word " * 100]
     captions["script.png"] = ["ééé ééé"]
     captions["shouting.png"] = ["A DOG RUNS OVER THE LAWN"]
@@ -472,6 +494,52 @@ def test_everything_to_take_out_is_listed(tmp_path):
     assert [one["id"] for one in report["splits"]["val"]["bad_images"]["listed"]] == [f"{number}.jpg" for number in range(20)]
     page = (tmp_path / "data-doctor.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 24 and "<p>16 more</p>" in page and page.count("no such file") == 8
+
+
+def test_the_table_has_a_narrow_column_for_each_split_and_tells_leaks(sick):
+    _, _, report = sick
+    rows = dict(table(report))
+    assert rows["same file as one of train"] == ["–", "0"] and rows["looks the same as one of train"] == ["–", "1"]
+    assert rows["bad images"] == ["4", "0"] and rows["bad images: missing"] == ["1", "0"]
+    assert rows["format JPEG"] == ["1", "1"] and "different image files" not in rows
+    assert max(len(cell) for cells in rows.values() for cell in cells) < 24
+
+
+def test_a_picture_of_several_questions_is_no_copy_of_itself(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, seeds in (("train", (1, 2)), ("val", (1, 3))):
+        for seed in seeds:
+            save(photograph(seed), tmp_path / f"data/images/{name}{seed}.png")
+        turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A picture."}] * 3
+        records = [{"id": f"{name}{seed}", "image": f"images/{name}{seed}.png", "conversations": turns} for seed in seeds]
+        (tmp_path / f"data/{name}.json").write_text(json.dumps(records))
+    _, report = examine(tmp_path)
+    for split in report["splits"].values():
+        assert (split["images"], split["different_files"], split["copies"]["images"]) == (6, 2, 0)
+    assert (report["leaks"][0]["images"], report["leaks"][0]["exact"]) == (1, 1)
+    assert dict(table(report))["different image files"] == ["2", "2"]
+
+
+def test_pictures_in_shards_have_the_facts_of_files(tmp_path):
+    (tmp_path / "data/train").mkdir(parents=True)
+    exif = Image.Exif()
+    exif.get_ifd(0x8825)[1] = "N"
+    buffer = io.BytesIO()
+    photograph(1).save(buffer, "JPEG", exif=exif)
+    with tarfile.open(tmp_path / "data/train/00000.tar", "w") as tar:
+        for name, content in (("0.jpg", buffer.getvalue()), ("0.txt", b"A dog.")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    _, report = examine(tmp_path)
+    pictures = report["splits"]["train"]["pictures"]
+    assert (pictures["formats"], pictures["file_bytes"]["total"], pictures["gps"]["count"]) == ({"JPEG": 1}, len(buffer.getvalue()), 1)
+
+
+def test_of_many_near_copies_the_most_doubtful_are_shown_too():
+    listed = [{"kind": "near", "distance": distance} for distance in range(60)]
+    shown = [one["distance"] for one in doctor_page._some({"listed": listed, "exact": 0})]
+    assert shown == [*range(12), *range(48, 60)]
 
 
 def test_splits_limit_and_stdout(sick, tmp_path, capsys):

@@ -1,14 +1,17 @@
 """The downloader against a server that misbehaves, and its parts against what they must never do."""
 
 import asyncio
+import contextlib
 import datetime
 import email.utils
+import gc
 import hashlib
 import io
 import ipaddress
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -294,9 +297,10 @@ def test_a_manifest_of_another_list_or_of_shards_is_refused(tmp_path):
     with pytest.raises(DataError, match="begun with no rows a shard"):
         Store(tmp_path / "train", 10)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "metadata.jsonl").write_text("{}\n")
+    (tmp_path / "other" / "000001.jpg").write_bytes(b"of somebody else")
     with pytest.raises(DataError, match="was not downloaded here"):
         Store(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["000001.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -368,16 +372,55 @@ def test_a_kill_while_a_shard_is_packed_changes_nothing(tmp_path):
     assert not (tmp_path / ".shards").exists()
 
 
-def test_a_full_disk_is_an_error_in_one_line(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def no_file_larger_than(limit: int):
+    """As on a full disk, the beginning of what is too much is written, and then an error comes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_line_that_the_disk_has_no_room_for_spoils_no_other(tmp_path):
     store = Store(tmp_path)
+    finish(store, 1, Failure("http-404"))
+    whole = store.path.read_bytes()
+    with no_file_larger_than(len(whole) + 20), pytest.raises(DataError, match=r"cannot write .*manifest.jsonl: \w+"):
+        finish(store, 2, PICTURE)
+    assert store.path.read_bytes() == whole
+    finish(store, 3, PICTURE)
+    store.close()
+    again = Store(tmp_path)
+    assert [again.finished(Job(row, f"caption {row}", f"http://a.example/{row}")) for row in (1, 2, 3)] == [True, False, True]
 
-    class Full:
-        def write(self, line):
-            raise OSError(28, "No space left on device")
 
-    store.file = Full()
-    with pytest.raises(DataError, match="cannot write .*manifest.jsonl: No space left"):
-        finish(store, 1, PICTURE)
+def test_an_image_that_the_disk_has_no_room_for_is_no_fault_of_the_server(tmp_path):
+    with HostileServer() as server, no_file_larger_than(100), pytest.raises(DataError, match=r"cannot write .*part: \w+"):
+        fetch(f"http://127.0.0.1:{server.port}/good/1", folder=tmp_path)
+    assert not (tmp_path / "part").exists()
+
+
+def test_a_full_disk_ends_the_download_in_one_line_and_it_can_go_on(tmp_path):
+    with HostileServer() as server:
+        path = write_list(tmp_path / "list.tsv", server, ["good"] * 60)
+        words = command(path, tmp_path / "out", "--shards", "10")
+        full = subprocess.run(["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *words], capture_output=True, text=True, timeout=60)
+        assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
+        assert full.stderr.splitlines()[-1].startswith("error: cannot write ")
+        assert {record["status"] for record in manifest(tmp_path / "out/train")} == {"ok"}
+        assert run(path, tmp_path / "out", "--shards", "10").returncode == 0
+    records = manifest(tmp_path / "out/train")
+    assert sorted(record["row"] for record in records) == list(range(1, 61))
+
+
+def test_what_a_kill_left_beside_its_place_is_removed(tmp_path):
+    Store(tmp_path / "train").close()
+    for name in (".metadata.jsonl.123", ".00000.tar.123", ".own.tar.123"):
+        (tmp_path / "train" / name).write_bytes(b"half")
+    Store(tmp_path / "train").close()
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {"manifest.jsonl", "manifest.settings.json", ".own.tar.123"}
 
 
 # One request.
@@ -515,7 +558,8 @@ def test_tls_is_verified_against_the_name_in_the_url(tmp_path):
         ("chunks", "protocol", False), ("torn", "cut-off", True), ("short", "cut-off", True), ("headers", "protocol", False),
         ("trailers", "protocol", False), ("extension", "too-slow", True), ("crumbs", "too-many-bytes", False), ("flood", "too-slow", True),
         ("noise", "protocol", False), ("bytes", "http-404", False), ("strange", "url", False), ("coding", "encoding", False),
-        ("bomb", "too-many-bytes", False), ("drip", "too-slow", True), ("silent", "timeout", True), ("reset", "reset", True),
+        ("bomb", "too-many-bytes", False), ("voids", "too-many-bytes", False), ("tail", "too-many-bytes", False),
+        ("drip", "too-slow", True), ("silent", "timeout", True), ("reset", "reset", True),
     ],
 )  # fmt: skip
 def test_what_a_server_does_has_its_reason_in_time(tmp_path, kind, reason, may_pass):
@@ -543,10 +587,23 @@ def test_the_opt_out_header(tmp_path, row):
     assert (isinstance(outcome, Failure) and outcome.reason == "opt-out") == ROBOTS[row][1]
 
 
-def test_the_request_is_honest_and_carries_no_cookie_back(tmp_path):
+def test_a_proxy_of_the_environment_is_not_used(tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/")
     with HostileServer() as server:
-        fetch(f"http://127.0.0.1:{server.port}/good/1", folder=tmp_path)
-    headers = server.requests[0][1]
+        assert isinstance(fetch(f"http://127.0.0.1:{server.port}/good/1", folder=tmp_path), Picture)
+
+
+def test_the_request_is_honest_and_carries_no_cookie_back(tmp_path):
+
+    async def twice(url: str) -> None:
+        async with Fetcher(Limits(2, 4, MAX_BYTES), True) as fetcher:
+            for _ in range(2):
+                await fetcher.fetch(URL(url), tmp_path / "part", 4)
+
+    with HostileServer() as server:
+        asyncio.run(twice(f"http://127.0.0.1:{server.port}/cookie/1"))
+    headers = server.requests[1][1]
     assert headers["user-agent"].startswith("clip-t5-captioner/") and "mozilla" not in headers["user-agent"]
     assert headers["accept-encoding"] == "identity" and "cookie" not in headers
 
@@ -774,6 +831,25 @@ def test_redirects_end(tmp_path):
 def test_a_fault_of_this_machine_ends_the_download(tmp_path):
     with pytest.raises(DataError, match="disk"):
         download(ScriptedFetcher({"/3": [DataError("the disk is full")]}), [f"http://a.test/{row}" for row in range(1000)], tmp_path)
+
+
+def test_faults_of_several_rows_at_once_are_told_once(tmp_path):
+    fetcher = ScriptedFetcher({f"/{row}": [DataError("the disk is full")] for row in range(50)})
+    jobs = iter([Job(row, "caption", f"http://{row}.test/{row}") for row in range(50)])
+    told = []
+
+    async def finish(result: Result) -> None:
+        """No row ends well."""
+
+    async def run_all() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context["message"]))
+        with contextlib.suppress(DataError):
+            await Download(fetcher, Pace(), tmp_path, finish).run(jobs)
+        fetcher.script.clear()  # its errors keep the tasks alive
+        gc.collect()
+
+    asyncio.run(run_all())
+    assert told == []
 
 
 def test_two_downloads_into_one_folder_are_refused(tmp_path):
