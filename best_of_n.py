@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             run = open_run(settings, job=job)  # with no number of rows: --decode-precision auto must not depend on what decides no candidate
             directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-best-of-{settings.n}")
             clips = load_clips(settings, run)
-            with open_journal(run, settings, CANDIDATE_SETTINGS, directory / "candidates.jsonl", line_fields(settings.n)) as journal:
+            with open_journal(run, settings, CANDIDATE_SETTINGS, directory / "candidates.jsonl", line_fields(settings.n)) as journal, job.bad_images_in(directory, run.ledger):
                 caption_and_score(settings, run, *clips, directory, journal)
         except Stopped as stopped:
             say_stopped("best_of_n.py", argv, settings, job, run, journal)

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             scorer = load_scorer(settings, run)
             directory = Path(settings.output) if settings.output else run.results(f"{settings.split}-{settings.decode}")
             names = CAPTION_SETTINGS + METHOD_SETTINGS[settings.decode]
-            with open_journal(run, settings, names, directory / "decoded.jsonl", line_fields(run)) as journal:
+            with open_journal(run, settings, names, directory / "decoded.jsonl", line_fields(run)) as journal, job.bad_images_in(directory, run.ledger):
                 evaluate_run(settings, run, scorer, directory, journal, begun)
         except Stopped as stopped:
             say_stopped("evaluate.py", argv, settings, job, run, journal)

@@ -45,8 +45,9 @@ from captioner.t5 import input_groups
 from captioner.timm_vision import TimmVision
 from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.tracking import TRACKERS, open_tracker
-from captioner.trainer import Trainer
-from data.dataset import BadImageLedger, CaptionDataset, make_loader
+from captioner.trainer import Trainer, TrainState
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset, make_loader
 from data.images import BadImage
 from data.readers import BY_NAME, absolute, read
 from data.rows import DataError, Row
@@ -104,6 +105,7 @@ class Settings:
     max_caption_tokens: int = setting(40, "longer captions are cut, keeping the end token")
     length_buckets: bool = setting(True, "batches of captions of about the same length; --no-length-buckets: random ones, with more padding")
     on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
+    max_bad: str | None = setting(None, "stop where more images than this are bad, a number or a share such as 1%", parse=cli.bad_limit)
     cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
     features_on_device: bool = setting(True, "--cache-features on CUDA: keep all features in its memory where they take at most half of what is free")
     workers: int = setting(0, "processes that decode images")
@@ -635,18 +637,22 @@ def train(settings: Settings, run: Path, goes_on: bool, job: Job, argv: list[str
     precision = choose_precision(settings.precision, device)
     train_rows, val_rows = (read_captioned(settings, split) for split in (settings.train_split, settings.val_split))
     val_rows = val_rows[: settings.eval_images]
-    ledger = BadImageLedger(settings.on_bad, say)
+    ledger = BadImageLedger(settings.on_bad, say, settings.max_bad, len(train_rows) + len(val_rows))
     per_step = micro_batches(settings, run, goes_on, processes)
 
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as beginning:
         if processes.is_main:
             is_new = make(run)
             stack.enter_context(locked(run / ".lock"))
+            if not settings.dry_run:
+                stack.enter_context(job.bad_images_in(run, ledger))
             beginning.enter_context(gone_unless_begun(run, is_new, stays=not settings.dry_run))
         processes.wait()
         saved = checkpoint_store.newest(run, say) if goes_on else None
         if goes_on and saved is None and is_complete(run):
             raise UserError(f"{run} has no checkpoint to go on from: it was exported, or trained by an older version")
+        if saved is not None:
+            ledger.remember(TrainState.of(saved).bad_images)
         model, tokenizer, vision, facts, trainable = open_model(settings, train_rows, run, saved, processes, device, precision)
         record = provenance.describe(argv, {settings.val_split: val_rows, settings.train_split: train_rows}) | {"processes": processes.count, "micro_batches": per_step}
         compare_records(settings, run, goes_on, record, facts)

@@ -10,9 +10,11 @@ Paths are relative to the journal's folder. `old` is null where there was no fil
 
 import base64
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +22,10 @@ from pathlib import Path
 from captioner.errors import UserError
 from captioner.files import describe_os_error
 from captioner.pictures import place_of
-from captioner.sidecars import Content
+from captioner.sidecars import Content, write_all
 
 FILE_NAME = ".captions-journal.jsonl"
+BEGINNING = b'{"event": '  # of every line
 FIELDS = {
     "job": {"settings": dict, "output": (dict, type(None))},
     "caption": {"picture": str, "stamp": list, "caption": str},
@@ -48,32 +51,47 @@ class Captioned:
 class CaptionJournal:
     """The journal of one file, which no other process can open meanwhile.
 
-    A last line without its newline was cut by a kill and is dropped. Raises UserError where another process has it, it cannot be opened, or a line is
-    damaged.
+    A last line without its newline was cut by a kill and is dropped. Raises UserError where another process has it, it is no file that can be opened,
+    or a line is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.folder = os.path.realpath(path.parent)
         try:
-            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644), "r+b")
+            # For its owner alone: it has the old content of files that may be so.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         except OSError as error:
-            raise UserError(f"the journal {describe_os_error(error)}; name a file with --journal") from None
+            reason = f"{path}: is a symlink" if error.errno == errno.ELOOP else describe_os_error(error)
+            raise UserError(f"the journal {reason}; name a file with --journal") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UserError(f"the journal {path}: is not a regular file; name a file with --journal")
+        self.file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
             # Of the process, not of the open file: worker processes that outlive a kill for a moment do not hold it.
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = self._has_its_name()
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{path} is in use by another process") from None
+            is_free = False
+        if not is_free:
+            raise UserError(f"{path} is in use by another process")
         self.jobs: list[Captioned] = []
-        self.folders: dict[Path, str] = {}  # names of folders
+        self.folders: dict[str, str] = {}  # names of folders
         self._read()
 
     def close(self) -> None:
         """Let others have it; a journal without a line is taken away."""
-        if not os.fstat(self.file.fileno()).st_size:
-            with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
+        if not os.fstat(self.file.fileno()).st_size and self._has_its_name():
+            self.path.unlink()
         self.file.close()
+
+    def _has_its_name(self) -> bool:
+        """Whether the path leads to the opened file, which another process may have taken away as it closed."""
+        try:
+            return os.path.samestat(os.lstat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def __enter__(self):
         return self
@@ -83,15 +101,17 @@ class CaptionJournal:
 
     def _read(self) -> None:
         content = self.file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.ftruncate(self.file.fileno(), len(whole))
-        for number, text in enumerate(whole.splitlines(), 1):
+        *lines, cut = content.split(b"\n")
+        for number, text in enumerate(lines, 1):
             try:
                 line = json.loads(text)
                 self._take(line)
             except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError):
                 raise UserError(f"{self.path}: line {number} is damaged; move the file away to start again without it") from None
+        if not cut.startswith(BEGINNING[: len(cut)]):
+            raise UserError(f"{self.path}: is not a journal of captions; name another file with --journal")
+        if cut:
+            os.ftruncate(self.file.fileno(), len(content) - len(cut))
 
     def _take(self, line: dict) -> None:
         event = line["event"]
@@ -112,16 +132,30 @@ class CaptionJournal:
             self.undoable().undone = True
 
     def add(self, lines: Iterable[dict]) -> None:
-        """Append lines and wait until they are on the disk. Raises UserError where it is full."""
+        """Append lines, which outlive a kill at once, and a power cut after the next `sync`. Raises UserError where the disk is full."""
         lines = list(lines)
-        try:
-            self.file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {describe_os_error(error)}") from error
+        with self._errors():
+            write_all(self.file.fileno(), "".join(json.dumps(line) + "\n" for line in lines).encode())
         for line in lines:
             self._take(line)
+
+    def clear(self) -> None:
+        """Forget all jobs, once what was put back is on the disk; `close` then takes the journal away."""
+        os.sync()
+        os.ftruncate(self.file.fileno(), 0)
+        self.jobs.clear()
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk. Raises UserError where it is full."""
+        with self._errors():
+            os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {describe_os_error(error)}") from error
 
     def unfinished(self) -> Captioned | None:
         """The last job, where it has captions and neither came to its end nor was undone."""
@@ -134,11 +168,11 @@ class CaptionJournal:
 
     def name_of(self, file: Path) -> str:
         """A path as the journal has it."""
-        place = place_of(file)
-        if place.parent not in self.folders:
-            relative = os.path.relpath(place.parent, self.folder)
-            self.folders[place.parent] = "" if relative == "." else relative
-        return os.path.join(self.folders[place.parent], place.name)
+        folder, name = os.path.split(place_of(file))
+        if folder not in self.folders:
+            relative = os.path.relpath(folder, self.folder)
+            self.folders[folder] = "" if relative == "." else relative
+        return os.path.join(self.folders[folder], name)
 
     def path_of(self, name: str) -> Path:
         """Inverse of `name_of`."""

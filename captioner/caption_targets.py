@@ -1,14 +1,26 @@
 """Where captions go: text files beside the pictures, or one file for all. Both are written ahead in a journal, and can be put back. Imports no torch."""
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from captioner import caption_files, sidecars
 from captioner.caption_journal import Captioned, CaptionJournal, iterate_newest_first, pack, stamp_of, unpack
 from captioner.errors import UserError
 from captioner.pictures import place_of
 from captioner.sidecars import Content, Refused
+
+PAUSE = 1.0  # seconds between two waits for the journal's disk, at least
+
+
+class Caption(NamedTuple):
+    """What the model wrote of a picture, with the picture's stamp before it was read."""
+
+    picture: Path
+    stamp: list[int]
+    text: str
 
 
 class Target:
@@ -42,8 +54,8 @@ class Target:
     def output(self) -> dict | None:
         return None
 
-    def line(self, picture: Path, caption: str) -> dict:
-        return {"event": "caption", "picture": self.journal.name_of(picture), "stamp": stamp_of(picture), "caption": caption}
+    def line(self, caption: Caption) -> dict:
+        return {"event": "caption", "picture": self.journal.name_of(caption.picture), "stamp": caption.stamp, "caption": caption.text}
 
     def select(self, pictures: Iterable[Path]) -> tuple[list[Path], int]:
         """(pictures to caption, with those that the unfinished job has captioned; how many have a caption and are left alone)."""
@@ -70,6 +82,8 @@ class Sidecars(Target):
         super().__init__(journal, job, existing, say)
         self.extension, self.name = extension, name
         self.owners: dict[Path, Path] = {}
+        self.announced: list[dict] = []  # lines of the journal whose sidecars are not written yet
+        self.begun_at = 0.0  # when the first of them came
         self.has_written = False
 
     def sidecar_of(self, picture: Path) -> Path:
@@ -80,28 +94,40 @@ class Sidecars(Target):
         owner = self.owners.setdefault(sidecar, own)
         if owner != own:
             raise Refused(f"{picture}: its sidecar {sidecar.name} is that of {owner.name}; --sidecar-name full keeps them apart")
-        if self.existing == "skip":
-            return sidecars.exists(sidecar)
-        sidecars.read(sidecar)
+        if self.existing == "skip" and sidecars.exists(sidecar):
+            return True
+        if self.existing != "skip":
+            sidecars.read(sidecar)
+        if not os.access(sidecar.parent, os.W_OK | os.X_OK):
+            raise Refused(f"{sidecar}: its folder cannot be written")
         return False
 
-    def add(self, captions: Sequence[tuple[Path, str]]) -> int:
-        """Write captions of pictures into the journal, then beside the pictures; how many were written."""
+    def add(self, captions: Iterable[Caption]) -> int:
+        """Write captions into the journal and, for all of the last PAUSE seconds together, beside the pictures; how many were written there."""
         lines = []
-        for picture, caption in captions:
-            sidecar = self.sidecar_of(picture)
+        for caption in captions:
+            sidecar = self.sidecar_of(caption.picture)
             try:
                 old = sidecars.read(sidecar)
                 if old is not None and self.existing == "skip":
                     raise Refused(f"{sidecar}: was made by somebody else meanwhile")
-                data = sidecars.compose(old and old.data, caption, self.existing, sidecar)
+                data = sidecars.compose(old and old.data, caption.text, self.existing, sidecar)
             except Refused as refused:
-                self.refuse(str(picture), str(refused))
+                self.refuse(str(caption.picture), str(refused))
                 continue
             new = Content(data, 0, 0)
-            lines.append(self.line(picture, caption) | {"file": self.journal.name_of(sidecar), "old": pack(old), "sha256": new.sha256})
+            lines.append(self.line(caption) | {"file": self.journal.name_of(sidecar), "old": pack(old), "sha256": new.sha256})
         if lines:
             self.journal.add(lines)
+            self.begun_at = self.begun_at if self.announced else time.monotonic()
+            self.announced += lines
+        return self._write_announced() if time.monotonic() - self.begun_at >= PAUSE else 0
+
+    def _write_announced(self) -> int:
+        """Write the sidecars that the journal has, once it is on the disk itself: a sync takes as long as a small batch. How many were written."""
+        lines, self.announced = self.announced, []
+        if lines:
+            self.journal.sync()
         return sum(self._write(line) for line in lines)
 
     def _write(self, line: dict) -> bool:
@@ -125,17 +151,17 @@ class Sidecars(Target):
     def catch_up(self, pictures: Iterable[Path]) -> int:
         """Write what a killed process only announced, for these pictures; how many of them the job has captioned."""
         lines = [self.job.captions[self.journal.name_of(picture)] for picture in pictures if self.is_done(picture)]
-        for line in lines:
-            # The journal is a file that anybody may have made: it decides nothing about where captions go.
-            if self.journal.path_of(line["file"]) == self.sidecar_of(self.journal.path_of(line["picture"])):
-                self._write(line)
-        return len(lines)
+        # The journal is a file that anybody may have made: it decides nothing about where captions go.
+        own = [line for line in lines if self.journal.path_of(line["file"]) == self.sidecar_of(self.journal.path_of(line["picture"]))]
+        return sum(self._write(line) for line in own)
 
-    def finish(self) -> None:
-        """Wait until all sidecars are on the disk; no batch waited for its own, since the journal has the captions."""
+    def finish(self) -> int:
+        """Write what is announced, and wait until all sidecars are on the disk; no batch waited for its own, since the journal has the captions."""
+        written = self._write_announced()
         if self.has_written:
             os.sync()
         self.has_written = False
+        return written
 
 
 class OneFile(Target):
@@ -144,6 +170,9 @@ class OneFile(Target):
     def __init__(self, journal, job, existing, say, path: Path, kind: str):
         super().__init__(journal, job, existing, say)
         self.path, self.kind = place_of(path), kind
+        self.synced_at = time.monotonic()
+        if not os.access(self.path.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{path}: its folder {'cannot be written' if self.path.parent.is_dir() else 'is not there'}")
         try:
             self.present = sidecars.read(self.path)
         except Refused as refused:
@@ -166,20 +195,22 @@ class OneFile(Target):
     def has_caption(self, picture: Path) -> bool:
         return self.name_of(picture) in self.captioned and self.existing == "skip"
 
-    def add(self, captions: Sequence[tuple[Path, str]]) -> int:
-        """Write captions of pictures into the journal."""
-        if captions:
-            self.journal.add([self.line(picture, caption) for picture, caption in captions])
+    def add(self, captions: Sequence[Caption]) -> int:
+        """Write captions into the journal; how many."""
+        self.journal.add(map(self.line, captions))
+        if time.monotonic() - self.synced_at >= PAUSE:
+            self.journal.sync()
+            self.synced_at = time.monotonic()
         return len(captions)
 
     def catch_up(self, pictures: Iterable[Path]) -> int:
         """How many of these pictures the unfinished job has captioned."""
         return sum(map(self.is_done, pictures))
 
-    def finish(self) -> None:
-        """Write the file with the job's captions. Raises UserError where somebody else changed it."""
+    def finish(self) -> int:
+        """Write the file with the job's captions; they were counted before. Raises UserError where somebody else changed it."""
         if self.job is None or not self.job.lines:
-            return
+            return 0
         file = caption_files.parse(self.kind, self.old and self.old.data, self.path)
         for name, line in self.job.captions.items():
             file.put(self.name_of(self.journal.path_of(name)), line["caption"], self.existing)
@@ -191,9 +222,11 @@ class OneFile(Target):
                 raise Refused(f"{self.path}: was changed by somebody else; the captions are kept in {self.journal.path}")
             if _hash(present) != new.sha256:
                 self.journal.add([{"event": "output", "sha256": new.sha256}])
+                self.journal.sync()
                 sidecars.write_or_refuse(self.path, data, self.old and self.old.mode)
         except Refused as refused:
             raise UserError(str(refused)) from None
+        return 0
 
 
 def undo(journal: CaptionJournal, job: Captioned, roots: Iterable[Path], output: Path | None, refuse: Callable[[str, str], None]) -> int:
@@ -202,7 +235,7 @@ def undo(journal: CaptionJournal, job: Captioned, roots: Iterable[Path], output:
     The newest line of a file comes first. What a kill interrupts, the same call finishes.
     """
     files = [(journal.path_of(line["file"]), line["old"], {line["sha256"]}) for line in iterate_newest_first(job)]
-    if job.output:
+    if job.output and job.hashes:
         files.append((journal.path_of(job.output["file"]), job.output["old"], set(job.hashes)))
     allowed = [str(Path(os.path.realpath(root))) for root in roots]
     restored = 0

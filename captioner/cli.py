@@ -36,6 +36,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 from captioner.errors import UsageError, UserError  # noqa: E402
 from captioner.files import describe_os_error  # noqa: E402
+from data.bad_images import most_bad  # noqa: E402
 
 DONE, FAILED, USAGE, SOME_BAD = 0, 1, 2, 3  # the exit codes; an interrupt exits with 128 + signal number
 
@@ -129,6 +130,15 @@ def require_positive(settings, *names: str) -> None:
     for name in names:
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+def bad_limit(text: str) -> str:
+    """Parser of --max-bad, which stays the text that it is."""
+    try:
+        most_bad(text, 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None = None, expected: tuple[type[Exception], ...] = ()) -> typing.NoReturn:

@@ -19,7 +19,8 @@ from captioner.errors import UserError
 from captioner.job import Job
 from captioner.vit import clip_config
 from captioner.weights import fingerprint, load_into, one_line
-from data.dataset import BadImageLedger, CaptionDataset, make_loader
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset, make_loader
 from data.rows import Row
 from data.transforms import ImageTransform
 

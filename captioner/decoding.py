@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from captioner.model import Captioner
     from captioner.tokenizer import Tokenizer
-    from data.dataset import BadImageLedger, Batches, CaptionDataset
+    from data.bad_images import BadImageLedger
+    from data.dataset import Batches, CaptionDataset
     from data.rows import Row
 
 REPORT_IMAGES = 1000  # a report shows the first ones of a larger split
@@ -65,6 +66,7 @@ class RunSettings(ModelSettings):
     workers: int = setting(0, "processes that decode image files")
     cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
     on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
+    max_bad: str | None = setting(None, "stop where more images than this are bad, a number or a share such as 1%", parse=cli.bad_limit)
     report: bool = setting(True, "write report.html with the results")
     output: str | None = setting(None, "directory for the results (under RUN/results/ if not given)")
     json: str | None = setting(None, "write the scores to this file, or - for stdout")
@@ -172,7 +174,8 @@ def open_run(settings: RunSettings, group: int | None = None, job: Job | None = 
     from captioner import checkpoint
     from captioner.features import prepared_store
     from captioner.frozen_vit import prepare_frozen
-    from data.dataset import BadImageLedger, CaptionDataset
+    from data.bad_images import BadImageLedger
+    from data.dataset import CaptionDataset
     from data.readers import read
 
     job = job or Job()
@@ -181,7 +184,7 @@ def open_run(settings: RunSettings, group: int | None = None, job: Job | None = 
     format = settings.format if settings.data else settings.format or config["settings"].get("format")
     rows = read(settings.data or config["settings"]["data"], settings.split, format)[: settings.limit]
     opened = load_model(settings, job, path, config)
-    ledger = BadImageLedger(settings.on_bad, cli.say)
+    ledger = BadImageLedger(settings.on_bad, cli.say, settings.max_bad, len(rows))
     store = None
     if settings.cache_features:
         backbone = checkpoint.vision_backbone(opened.model, opened.transform, config["model"])
@@ -231,7 +234,7 @@ def attention_of(run: OpenRun, settings: RunSettings, tokens: dict[str, Sequence
 
     An image that can no longer be read has none; it is named, and counts as captioned.
     """
-    from data.dataset import BadImageLedger
+    from data.bad_images import BadImageLedger
 
     gone = BadImageLedger(warn=lambda line: cli.say(f"report without a picture: {line.partition('): ')[2]}"))
     order = [number for number, row in enumerate(run.rows) if row.id in tokens]
@@ -310,7 +313,7 @@ def finish(run: OpenRun, settings: RunSettings, journal: Journal | None, descrip
     if not rows:
         raise UserError(f"no image of the split {settings.split} can be read")
     for row in rows:
-        run.ledger.rows.pop(row.id, None)  # gone since it was captioned: its caption stays
+        run.ledger.rows.pop(row.image.name, None)  # gone since it was captioned: its caption stays
     return rows
 
 

@@ -31,7 +31,8 @@ from captioner.frozen_vit import is_plain, prepare_frozen, release_frozen
 from captioner.job import Job
 from captioner.runtime import frozen_tokens
 from captioner.weights import fingerprint
-from data.dataset import BadImageLedger, BadRow, Batches, CaptionDataset, make_loader
+from data.bad_images import BadImageLedger, BadRow
+from data.dataset import Batches, CaptionDataset, make_loader
 from data.images import BadImage
 from data.rows import Row
 
@@ -78,14 +79,14 @@ class FeatureStore:
         Images are encoded together by their place among all rows, not among the missing ones, since the last bits of a product may depend on what else is
         in it: features are the same after any number of kills. One process at a time adds to a folder; others wait for it, as items of `progress`.
         """
-        distinct: dict[str, Row] = {}
+        distinct: dict[str, list[Row]] = {}
         for row in rows:
             try:
                 content = self.content[row.image.name] = row.image.fingerprint()
             except BadImage as bad:
                 ledger.record(BadRow.of(row, bad))
                 continue
-            distinct[content] = row
+            distinct.setdefault(content, []).append(row)
         if verify:
             self.forget_damaged(distinct, progress)
         if distinct.keys() <= self.index.keys():
@@ -95,7 +96,7 @@ class FeatureStore:
 
     def encode(
         self,
-        distinct: dict[str, Row],
+        distinct: dict[str, list[Row]],
         ledger: BadImageLedger,
         device: torch.device,
         workers: int,
@@ -104,13 +105,13 @@ class FeatureStore:
         progress: Callable[[Iterable, str], Iterable],
     ) -> None:
         """Write shards with what the index lacks of the rows by content; other arguments as of `prepare`."""
-        dataset = CaptionDataset([dataclasses.replace(row, id=content) for content, row in distinct.items()], self.backbone.transform)
+        dataset = CaptionDataset([dataclasses.replace(rows[0], id=content) for content, rows in distinct.items()], self.backbone.transform)
         lacking = [index for index, content in enumerate(distinct) if content not in self.index]
         if not lacking:
             return
         pieces = [list(piece) for _, piece in itertools.groupby(lacking, key=lambda index: index // batch_size)]
         loaders = [
-            make_loader(dataset, None, size, list(itertools.chain.from_iterable(alike)), workers, ledger=ledger)
+            make_loader(dataset, None, size, list(itertools.chain.from_iterable(alike)), workers, ledger=ByContent(ledger, distinct))
             for size, alike in itertools.groupby(sorted(pieces, key=len, reverse=True), key=len)
         ]
         module = self.backbone.module.to(device).eval()
@@ -236,6 +237,18 @@ class FeatureStore:
         contents = {self.content.get(row.image.name, "") for row in rows}
         found = {content: tuple(self.index[content]) for content in contents if content in self.index}
         return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+class ByContent:
+    """A ledger for rows whose ids are hashes of content: notes every row that has it, under its own id."""
+
+    def __init__(self, ledger: BadImageLedger, rows: dict[str, list[Row]]):
+        self.ledger, self.rows = ledger, rows
+
+    def record(self, bad: BadRow) -> None:
+        for row in self.rows[bad.id]:
+            message = bad.message.replace(bad.path, row.image.name, 1)
+            self.ledger.record(dataclasses.replace(bad, id=row.id, path=row.image.name, message=message))
 
 
 class InTurn:

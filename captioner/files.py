@@ -38,6 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises UserError that names path where the disk is full or cannot be written.
     """
+    if path.exists() and not path.is_file():  # to replace a device such as /dev/null would remove it for everybody
+        raise UserError(f"{path}: cannot be written: it is no regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -96,6 +98,9 @@ def write_json(target: str | Path | None, value) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if target == "-":
         sys.stdout.write(text + "\n")
+    elif target and Path(target).exists() and not Path(target).is_file() and not Path(target).is_dir():
+        with open(target, "w", encoding="utf-8") as file:  # /dev/null, /dev/stdout, a pipe
+            file.write(text + "\n")
     elif target:
         write_text(Path(target), text + "\n")
 

@@ -4,17 +4,22 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioner import cli
 from captioner.errors import Stopped
+from captioner.files import write_text
 from captioner.processes import Processes, start
 
 if TYPE_CHECKING:
     import torch
 
-    from data.dataset import BadImageLedger, Batches
+    from data.bad_images import BadImageLedger
+    from data.dataset import Batches
     from data.rows import Row
+
+BAD_IMAGES = "bad_images.jsonl"  # in a run's directory, in that of results, and beside the journal of captioned folders
 
 
 class Job:
@@ -54,14 +59,26 @@ class Job:
         """At the end of the body, the bad images that any process found in it are in every process's ledger, in the order of the rows."""
         known = set(ledger.rows)
         yield
-        from data.dataset import BadRow
+        from data.bad_images import BadRow
 
-        new = [bad for bad in ledger.to_list() if bad["id"] not in known]
-        found = {bad["id"]: bad for part in self.processes.everyone(new) for bad in part}
+        new = [bad for bad in ledger.to_list() if bad["path"] not in known]
+        found = {bad["path"]: bad for part in self.processes.everyone(new) for bad in part}
         for row in rows if found else ():
-            if row.id in found:
-                ledger.record(BadRow(**found[row.id]))
-                ledger.rows[row.id] = ledger.rows.pop(row.id)  # to the end
+            if (path := row.image.name) in found:
+                ledger.record(BadRow(**found[path]))
+                ledger.rows[path] = ledger.rows.pop(path)  # to the end
+
+    @contextlib.contextmanager
+    def bad_images_in(self, folder: Path, ledger: "BadImageLedger") -> Iterator[None]:
+        """At the end of the body, however it comes, the folder's BAD_IMAGES has a line for each bad image, with reason, path and hash; no such file without one."""
+        try:
+            yield
+            if self.processes.is_main and not ledger:
+                (folder / BAD_IMAGES).unlink(missing_ok=True)
+        finally:
+            if self.processes.is_main and ledger:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / BAD_IMAGES, ledger.to_lines())
 
     def command(self, script: str, words: Sequence[str]) -> str:
         """The command line that starts this job again."""

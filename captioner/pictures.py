@@ -20,6 +20,7 @@ def find_pictures(words: Iterable[str], note: Callable[[str], None], may_be_empt
     (.NAME) are left out unless a word names them; symlinked folders are not entered, which `note` says, as it does of folders that cannot be read.
     Raises UserError that names a word that is not there, no picture, or, unless it may be empty, without pictures.
     """
+    _real.cache_clear()  # a link may lead elsewhere by now
     found: dict[Path, Path] = {}
     for word in words:
         before = len(found)
@@ -33,13 +34,18 @@ def find_pictures(words: Iterable[str], note: Callable[[str], None], may_be_empt
 
 def place_of(file: Path) -> Path:
     """Where a directory entry really is: its folder without links, and its own name, which may be that of a link."""
-    folder = os.fspath(file.parent)
-    return _real(folder if os.path.isabs(folder) else os.path.abspath(folder)) / file.name
+    folder, name = os.path.split(file)
+    return _real(folder if os.path.isabs(folder) else os.path.abspath(folder)) / name
 
 
 @functools.lru_cache(maxsize=1024)
 def _real(folder: str) -> Path:
     return Path(os.path.realpath(folder))
+
+
+def visible(text: str) -> str:
+    """A line that names files, with what in a name shows nothing, or steers a terminal, as escapes."""
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode("ascii") for character in text)
 
 
 def root_of(word: str) -> Path:
@@ -81,7 +87,11 @@ def _matches(word: str, note: Callable[[str], None]) -> Iterator[Path]:
     """What a glob matches: pictures, and folders with all that is below them. pathlib's `**` follows no links, so that there are no loops."""
     root = root_of(word)
     pattern = Path(word).relative_to(root)
-    for match in sorted(root.glob(str(pattern))):
+    try:
+        matches = sorted(root.glob(str(pattern)))
+    except ValueError as error:  # ** beside other characters
+        raise UserError(f"{word}: {error}") from None
+    for match in matches:
         if _is_hidden(match.relative_to(root).parts, pattern.parts):
             continue
         if is_picture(match):

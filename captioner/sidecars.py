@@ -12,7 +12,7 @@ from pathlib import Path
 
 from captioner.errors import UserError
 from captioner.files import describe_os_error
-from captioner.pictures import place_of
+from captioner.pictures import place_of, visible
 
 BOM = b"\xef\xbb\xbf"
 NAMES = ("stem", "full")
@@ -50,7 +50,7 @@ def check_collisions(pictures: Iterable[Path], extension: str, name: str) -> Non
     if shared:
         shown = "; ".join(f"{', '.join(map(str, own))} → {sidecar_of(own[0], extension, name).name}" for own in shared[:3])
         rest = f"; … ({len(shared)} in all)" if len(shared) > 3 else ""
-        raise UserError(f"pictures would share a sidecar: {shown}{rest}; --sidecar-name full keeps them apart")
+        raise UserError(f"pictures would share a sidecar: {visible(shown)}{rest}; --sidecar-name full keeps them apart")
 
 
 def read(path: Path) -> Content | None:
@@ -87,46 +87,58 @@ def exists(path: Path) -> bool:
 
 
 def compose(old: bytes | None, caption: str, existing: str, path: Path) -> bytes:
-    """The content of a sidecar with the caption in it, a caption a line. Raises Refused where the old content is to stay and is no UTF-8."""
-    line = caption.encode() + b"\n"
+    """The content of a sidecar with the caption in it, a caption a line, which ends as those that stay.
+
+    Raises Refused where the old content is to stay and is no UTF-8.
+    """
     if old is None or existing in ("skip", "overwrite"):
-        return line
+        return caption.encode() + b"\n"
     try:
         old.decode("utf-8")
     except UnicodeDecodeError:
         raise Refused(f"{path}: is not UTF-8: nothing can be added to it") from None
     mark, text = (BOM, old.removeprefix(BOM)) if old.startswith(BOM) else (b"", old)
+    end = b"\r\n" if b"\r\n" in text else b"\n"
+    line = caption.encode() + end
     if existing == "prepend":
         return mark + line + text
-    return mark + text + (b"" if text.endswith(b"\n") or not text else b"\n") + line
+    return mark + text + (b"" if text.endswith(b"\n") or not text else end) + line
 
 
 def write(path: Path, data: bytes, mode: int | None = None, changed: int | None = None) -> None:
     """A whole file or the old one, in the folder where the name is; a link of that name is replaced and not followed.
 
     What a kill leaves is a hidden file, whose name depends on that of the file alone, so that the next write of the file takes it away. It may not have
-    reached the disk yet (`captioner.files.sync` waits for that). Raises OSError.
+    reached the disk yet. Raises OSError.
     """
     temporary = temporary_of(path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    flags, first_mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666 if mode is None else mode
     try:
-        descriptor = os.open(temporary, flags, 0o666)
+        descriptor = os.open(temporary, flags, first_mode)
     except FileExistsError:
         os.unlink(temporary)
-        descriptor = os.open(temporary, flags, 0o666)
+        descriptor = os.open(temporary, flags, first_mode)
     try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        try:
+            write_all(descriptor, data)
             if mode is not None:
                 os.fchmod(descriptor, mode)
             if changed is not None:
                 os.utime(descriptor, ns=(changed, changed))
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """All of the data into an open file, without a buffer that keeps what the disk had no room for. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def temporary_of(path: Path) -> Path:

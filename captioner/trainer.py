@@ -23,14 +23,15 @@ from captioner.checkpoint_store import Checkpoint
 from captioner.cli import say
 from captioner.cuda_graphs import FullBatches, Recorder, StepGraphs
 from captioner.errors import UserError
-from captioner.files import describe_os_error, save_tensors, sync, write_json
+from captioner.files import describe_os_error, save_tensors, sync, write_json, write_text
+from captioner.job import BAD_IMAGES
 from captioner.model import Captioner
 from captioner.processes import Processes
 from captioner.run_config import checked_settings
 from captioner.runtime import encode_images
 from captioner.tokenizer import Tokenizer
 from data.buckets import bucket_edges
-from data.dataset import BadImageLedger
+from data.bad_images import BadImageLedger, BadRow
 from data.rows import Row
 
 SHOWN_CAPTIONS, PRINTED_CAPTIONS, NAMED_IMAGES = 12, 4, 8
@@ -353,9 +354,14 @@ class Trainer:
                 self.checkpoint_bytes = preflight.check_writing(self.run, write, read, self.checkpoint_bytes)
 
     def collect_bad_images(self) -> None:
-        """Note in the state what images any process found bad. To be called by all processes together."""
-        found = {bad["id"]: bad for own in self.processes.everyone(self.ledger.to_list()) for bad in own}
-        self.state.bad_images = [found[image_id] for image_id in sorted(found)]
+        """Note in the ledger, the state and bad_images.jsonl what images any process found bad. To be called by all processes together."""
+        found = {bad["path"]: bad for own in self.processes.everyone(self.ledger.to_list()) for bad in own}
+        self.state.bad_images = [found[path] for path in sorted(found)]
+        for bad in self.state.bad_images:
+            self.ledger.record(BadRow(**bad))
+        if self.processes.is_main and self.ledger:
+            with self.writing():
+                write_text(self.run / BAD_IMAGES, self.ledger.to_lines())
 
     def complete_state(self) -> dict:
         """The state as a checkpoint keeps it, with the length of metrics.jsonl, once that is on the disk. Raises UserError where lines of it are lost."""
@@ -383,7 +389,6 @@ class Trainer:
     def restore(self, saved: Checkpoint) -> None:
         """State and optimiser of a checkpoint, and metrics.jsonl as it was then; the weights were loaded with the model."""
         self.state = TrainState.of(saved)
-        self.ledger.remember(self.state.bad_images)
         if self.state.step:
             self.load_moments(saved.path / "optimizer.safetensors")
         path = self.run / "metrics.jsonl"

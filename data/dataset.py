@@ -7,19 +7,17 @@ functions of the seed, the epoch and the row's id, so that a run resumes anywher
 import contextlib
 import ctypes
 import signal
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data.bad_images import BadImageLedger, BadRow
 from data.collate import Collate
 from data.images import MAX_PIXELS, BadImage
-from data.rows import DataError, Row
+from data.rows import Row
 from data.transforms import ImageTransform
 
 
@@ -37,60 +35,6 @@ class FeatureStore(Protocol):
 
     def gather(self, found: torch.Tensor) -> torch.Tensor:
         """(B, N, D) tokens from what `get` gave, stacked; called in the process that takes the batches."""
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row whose image could not be used; what a worker sends in place of an item."""
-
-    id: str
-    name: str
-    reason: str
-    message: str
-
-    @classmethod
-    def of(cls, row: Row, bad: BadImage) -> "BadRow":
-        return cls(id=row.id, name=bad.name, reason=bad.reason, message=str(bad))
-
-
-class BadImageLedger:
-    """Names each bad image once, on standard error, and counts it; `on_bad="fail"` raises DataError at the first."""
-
-    def __init__(self, on_bad: str = "skip", warn: Callable[[str], None] | None = None) -> None:
-        if on_bad not in ("skip", "fail"):
-            raise ValueError(f"unknown on_bad {on_bad!r}: choose from skip, fail")
-        self.on_bad = on_bad
-        self.warn = warn or (lambda line: print(line, file=sys.stderr, flush=True))
-        self.rows: dict[str, BadRow] = {}
-
-    def record(self, bad: BadRow) -> None:
-        if self.on_bad == "fail":
-            raise DataError(f"bad image ({bad.reason}) {bad.message}; --on-bad skip would leave it out")
-        if bad.id not in self.rows:
-            self.rows[bad.id] = bad
-            self.warn(f"bad image left out ({bad.reason}): {bad.message}")
-
-    def remember(self, records: list[dict]) -> None:
-        """Records of `to_list` from an earlier process; nothing is said of them again. Raises DataError where they are none."""
-        try:
-            rows = [BadRow(**record) for record in records]
-        except TypeError as error:
-            raise DataError(f"the record of bad images is damaged ({error})") from error
-        for bad in rows:
-            self.rows.setdefault(bad.id, bad)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def summary(self) -> str:
-        """One line: how many, and of what kinds."""
-        reasons = Counter(bad.reason for bad in self.rows.values())
-        kinds = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        return f"{len(self)} bad image{'s' if len(self) != 1 else ''} left out" + (f" ({kinds})" if kinds else "")
-
-    def to_list(self) -> list[dict]:
-        """The records as JSON values, in the order found."""
-        return [asdict(bad) for bad in self.rows.values()]
 
 
 class CaptionDataset(Dataset):

@@ -6,6 +6,7 @@ the file is decoded whole, and every mode has a stated conversion.
 """
 
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 128_000_000
+# Of a progressive JPEG: each one costs a pass over all pixels, 0.1 s at 40 million. Programs write up to some twenty.
+MAX_SCANS = 100
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]", re.DOTALL)  # those with a length, and the end
 STRIP_ROWS = 256
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ORIENTATION_TAG = 0x0112
@@ -94,6 +99,8 @@ def _decode(file: BinaryIO, max_pixels: int, name: str) -> Image.Image:
                 if pixels > max_pixels:
                     size = f"{image.width} x {image.height} = {pixels} pixels"
                     raise BadImage(name, "too-large", f"{size}, more than the limit of {max_pixels}")
+                if image.format == "JPEG":
+                    _check_scans(file, name)
                 image.load()
                 orientation = _orientation(image)
                 upright = _to_rgb(image, name)
@@ -110,6 +117,26 @@ def _decode(file: BinaryIO, max_pixels: int, name: str) -> Image.Image:
     if orientation in UPRIGHT:
         upright = upright.transpose(UPRIGHT[orientation])
     return upright
+
+
+def has_too_many_scans(content: bytes) -> bool:
+    """Whether a JPEG file has more than MAX_SCANS scans; what follows its end, such as the film of a motion photo, is not it."""
+    if content.count(START_OF_SCAN) <= MAX_SCANS:
+        return False
+    scans, position = 0, 2
+    while (marker := JPEG_MARKER.search(content, position)) and marker[0] != END_OF_IMAGE:
+        scans += marker[0] == START_OF_SCAN
+        position = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2]))
+    return scans > MAX_SCANS
+
+
+def _check_scans(file: BinaryIO, name: str) -> None:
+    position = file.tell()
+    file.seek(0)
+    has_too_many = has_too_many_scans(file.read())
+    file.seek(position)
+    if has_too_many:
+        raise BadImage(name, "too-large", f"a JPEG of more than {MAX_SCANS} scans, each of which is a pass over all pixels")
 
 
 def _unknown_format(file: BinaryIO) -> str:

@@ -6,10 +6,8 @@ import zlib
 
 from PIL import Image
 
-from data.images import FORMATS, HEIF_BRANDS
+from data.images import FORMATS, HEIF_BRANDS, MAX_SCANS, has_too_many_scans
 
-# Of a progressive JPEG: each one costs a pass over all pixels, 0.1 s at 40 million. Programs write up to some twenty.
-MAX_SCANS = 100
 EXTENSIONS = (
     ("jpg", (b"\xff\xd8\xff",)),
     ("png", (b"\x89PNG\r\n\x1a\n",)),
@@ -67,9 +65,8 @@ class Unpacking:
 
 def check_scans(content: bytes) -> None:
     """Refuse a JPEG that would be decoded for hours; raises Failure."""
-    scans = content.count(b"\xff\xda")
-    if scans > MAX_SCANS:
-        raise Failure("too-large", f"a JPEG of {scans} scans, more than the limit of {MAX_SCANS}")
+    if has_too_many_scans(content):
+        raise Failure("too-large", f"a JPEG of more than {MAX_SCANS} scans")
 
 
 def check_format(head: bytes) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from data.buckets import CaptionLengths, bucket_edges, bucketed_order
-from data.dataset import BadImageLedger, CaptionDataset, make_loader
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset, make_loader
 from data.mixing import mixed_order, rows_per_epoch
 
 

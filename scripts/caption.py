@@ -7,11 +7,15 @@
     python scripts/caption.py photos --watch                                go on as pictures arrive, until Ctrl-C
 
 What is done is in a journal, by default .captions-journal.jsonl in the first PATH's folder: the same command goes on after an interrupt or a kill,
-and does each picture once. Nothing of a picture but its name is written anywhere.
+and does each picture once. Pictures that cannot be read are in bad_images.jsonl beside it. Nothing of a picture but its name is written anywhere.
 
 Exit codes: 0 done, 1 error, 2 usage, 3 some pictures are bad or some files were left alone, 130 and 143 stopped by SIGINT and SIGTERM (--watch too).
 """
 
+import contextlib
+import dataclasses
+import json
+import math
 import os
 import re
 import sys
@@ -26,19 +30,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from captioner import cli, scoring, sidecars
 from captioner.caption_files import FORMATS
 from captioner.caption_journal import FILE_NAME, CaptionJournal, check_settings, stamp_of
-from captioner.caption_targets import OneFile, Sidecars, Target, undo
+from captioner.caption_targets import Caption, OneFile, Sidecars, Target, undo
 from captioner.cli import repeated, say, setting
 from captioner.decoding import ModelSettings, OpenModel, decode, open_model, weights_hash
 from captioner.errors import UsageError, UserError
 from captioner.files import write_json
-from captioner.job import Job, started
-from captioner.pictures import SUFFIXES, find_pictures, place_of, root_of
+from captioner.job import BAD_IMAGES, Job, started
+from captioner.pictures import SUFFIXES, find_pictures, place_of, root_of, visible
 from captioner.processes import place
+from data.bad_images import BadImageLedger, BadRow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.dataset import BadImageLedger
     from data.transforms import ImageTransform
 
 # Settings that decide what is written; anything else may change when an unfinished job goes on.
@@ -87,8 +91,12 @@ def check(settings: Settings) -> None:
         settings.reranker = settings.reranker or scoring.RERANKER
     elif settings.reranker:
         raise UsageError("--reranker goes with --best-of")
-    if (settings.format == "sidecars") == bool(settings.output):
+    if "" in settings.paths:
+        raise UsageError("one of the PATHS is empty; the folder where you are is .")
+    if not settings.undo and (settings.format == "sidecars") == bool(settings.output):
         raise UsageError("--output FILE goes with --format metadata.jsonl, coco or csv, and each of these needs it")
+    if settings.output and place_of(Path(settings.output)) == place_of(journal_path(settings)):
+        raise UsageError("--output is the journal: name two files")
     if settings.format != "sidecars" and {"ext", "sidecar_name"} & settings.given:
         raise UsageError("--ext and --sidecar-name are of sidecars")
     settings.ext = settings.ext.removeprefix(".")
@@ -113,7 +121,7 @@ class Captioning:
         self.captioned = self.skipped = self.before = 0
         self.seconds = 0.0
         self.opened: OpenModel | None = None
-        self.ledger: BadImageLedger | None = None
+        self.ledger = BadImageLedger("skip", tell)
         self.reranker = None
         self.prefix_ids: list[int] = []
 
@@ -123,9 +131,7 @@ class Captioning:
             return
         settings = self.settings
         group = settings.best_of or (settings.num_beams if settings.decode == "beam" else 1)
-        from data.dataset import BadImageLedger
-
-        self.opened, self.ledger = open_model(settings, group, job), BadImageLedger("skip", say)
+        self.opened = open_model(settings, group, job)
         self.prefix_ids = prefix_ids(self.opened, settings.prefix)
         if settings.best_of:
             from captioner.clip_score import load_scorer
@@ -156,16 +162,22 @@ class Captioning:
         begun = time.perf_counter()
         with tqdm(total=sum(map(len, lacking)), desc="pictures", unit="picture", disable=None, dynamic_ncols=True) as bar:
             for piece, captions in zip(lacking, self.decoded(lacking), strict=True):
-                new = [(picture, captions[picture]) for picture in piece if picture in captions and picture not in done]
-                for picture, _ in (one for one in new if not one[1]):
-                    self.target.refuse(str(picture), f"{picture}: the model writes an empty caption")
-                self.captioned += self.target.add([one for one in new if one[1]])
+                self.captioned += self.target.add([own for own in captions if own.picture not in done and self.is_good(own)])
                 bar.update(len(piece))
                 if job.stop.number is not None:
                     break
         self.seconds += time.perf_counter() - begun
 
-    def decoded(self, pieces: Sequence[Sequence[Path]]) -> Iterator[dict[Path, str]]:
+    def is_good(self, caption: Caption) -> bool:
+        """Whether a caption can be written; of one that cannot, the picture is refused."""
+        reason = None if caption.text else "the model writes an empty caption"
+        if stamp_of(caption.picture) != caption.stamp:
+            reason = "was changed while it was captioned"
+        if reason:
+            self.target.refuse(str(caption.picture), f"{caption.picture}: {reason}")
+        return reason is None
+
+    def decoded(self, pieces: Sequence[Sequence[Path]]) -> Iterator[list[Caption]]:
         """The captions of each piece's pictures; those of bad ones are missing. All pieces but the last are a batch."""
         from data.dataset import CaptionDataset, make_loader
         from data.rows import FileImage, Row
@@ -174,11 +186,14 @@ class Captioning:
         transform = self.opened.transform if self.reranker is None else TwoTransforms(self.opened.transform, self.reranker.transform)
         dataset = CaptionDataset([Row(name, FileImage(picture)) for name, picture in order.items()], transform)
         loader = make_loader(dataset, None, self.settings.batch_size, range(len(order)), self.workers(), "all", ledger=self.ledger)
-        for batch in loader.turns():
+        turns = loader.turns()
+        for piece in pieces:
+            stamps = {str(picture): stamp_of(picture) for picture in piece}  # before they are read, but by worker processes
+            batch = next(turns)
             captions = {} if batch is None else dict(zip(batch["ids"], self.captions_of(batch), strict=True))
             for name in captions:
                 self.ledger.rows.pop(name, None)  # bad at first, and whole by now
-            yield {order[name]: " ".join(caption.split()) for name, caption in captions.items()}
+            yield [Caption(order[name], stamps[name], " ".join(text.split())) for name, text in captions.items()]
 
     def captions_of(self, batch: dict) -> list[str]:
         """One caption an image; the draws of sampling depend on the file's name, not on its folder."""
@@ -213,11 +228,11 @@ class Captioning:
 
     def bad(self) -> list[dict]:
         """What `BadImageLedger.to_list` has of the bad pictures."""
-        return self.ledger.to_list() if self.ledger else []
+        return self.ledger.to_list()
 
     def summary(self) -> dict:
         """The counts for --json; images_per_second is without loading the model."""
-        bad = [{name: printable(value) for name, value in row.items()} for row in self.bad()]
+        bad = [{name: value and printable(value) for name, value in row.items()} for row in self.bad()]
         return {
             "captioned": self.captioned + self.before, "captioned_before": self.before, "skipped": self.skipped, "bad": len(bad),
             "refused": len(self.target.refused), "seconds": round(self.seconds, 3),
@@ -235,16 +250,16 @@ class TwoTransforms:
     second: "ImageTransform"
 
     def __call__(self, image) -> "Tensor":
-        """Image → (3 H1 W1 + 3 H2 W2,)."""
+        """Image → the numbers of both, one after the other (P1 + P2,)."""
         import torch
 
         return torch.cat([self.first(image).flatten(), self.second(image).flatten()])
 
     def split(self, pixels: "Tensor") -> "tuple[Tensor, Tensor]":
-        """(B, 3 H1 W1 + 3 H2 W2) → (B, 3, H1, W1), (B, 3, H2, W2)."""
-        sides = [self.first.image_size, self.second.image_size]
-        parts = pixels.split([3 * side * side for side in sides], dim=1)
-        return tuple(part.unflatten(1, (3, side, side)) for part, side in zip(parts, sides, strict=True))
+        """(B, P1 + P2) → (B, 3, H1, W1) and (B, 3, H2, W2), or of C views (B, C, 3, H, W)."""
+        shapes = [(*([len(one.views)] if one.views else []), 3, one.image_size, one.image_size) for one in (self.first, self.second)]
+        parts = pixels.split([math.prod(shape) for shape in shapes], dim=1)
+        return tuple(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def prefix_ids(opened: OpenModel, prefix: str | None) -> list[int]:
@@ -264,8 +279,22 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def tell(line: str) -> None:
+    """`say` for a line that names files: what in a name would steer a terminal is escaped."""
+    say(visible(line))
+
+
 def journal_path(settings: Settings) -> Path:
     return Path(settings.journal) if settings.journal else root_of(settings.paths[0]) / FILE_NAME
+
+
+def is_bad_list(path: Path) -> bool:
+    """Whether a file is the list of bad pictures of an earlier call."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        if path.is_file() and not path.is_symlink():
+            with open(path, encoding="utf-8") as file:
+                return json.loads(file.readline(2**20)).keys() == {field.name for field in dataclasses.fields(BadRow)}
+    return False
 
 
 def open_target(settings: Settings, journal: CaptionJournal) -> Target:
@@ -274,8 +303,8 @@ def open_target(settings: Settings, journal: CaptionJournal) -> Target:
     if job:
         check_settings(journal, job, job_settings(settings))
     if settings.format == "sidecars":
-        return Sidecars(journal, job, settings.existing, say, settings.ext, settings.sidecar_name)
-    return OneFile(journal, job, settings.existing, say, Path(settings.output), settings.format)
+        return Sidecars(journal, job, settings.existing, tell, settings.ext, settings.sidecar_name)
+    return OneFile(journal, job, settings.existing, tell, Path(settings.output), settings.format)
 
 
 def job_settings(settings: Settings) -> dict:
@@ -296,10 +325,14 @@ def take_back(settings: Settings) -> int:
         roots = [root_of(word) for word in settings.paths]
         restored = undo(journal, job, roots, Path(settings.output) if settings.output else None, refused.__setitem__)
         for reason in refused.values():
-            say(f"left alone: {reason}")
+            tell(f"left alone: {reason}")
         if not refused:
             journal.add([{"event": "undone"}])
         left = sum(bool(job.lines) and not job.undone for job in journal.jobs)
+        if not left:
+            journal.clear()
+            if is_bad_list(journal.path.parent / BAD_IMAGES):
+                (journal.path.parent / BAD_IMAGES).unlink()
     say(f"{restored} files put back, {len(refused)} left alone" + (f"; jobs that can be undone: {left}" if left else ""))
     files = [{"name": printable(name), "reason": printable(reason)} for name, reason in refused.items()]
     write_json(settings.json, {"restored": restored, "refused_files": files})
@@ -311,7 +344,7 @@ def watch(settings: Settings, call: Captioning, job: Job, notes: "Notes") -> Non
     handled: dict[Path, object] = {}
     seen: dict[Path, tuple[object, float]] = {}
     while job.stop.number is None:
-        ready = []
+        ready, begun = [], time.monotonic()
         for picture in find_pictures(settings.paths, notes, may_be_empty=True):
             own, stamp = place_of(picture), stamp_of(picture)
             if own in handled and handled[own] == stamp:
@@ -320,13 +353,16 @@ def watch(settings: Settings, call: Captioning, job: Job, notes: "Notes") -> Non
                 seen[own] = (stamp, time.monotonic())
             elif time.monotonic() - seen[own][1] >= POLL:
                 ready.append(picture)
+        pause = max(POLL / 4, 3 * (time.monotonic() - begun))  # looking through a large folder takes a quarter of a core at most
         chosen, skipped = call.target.select(ready)
         call.skipped += skipped
         call.before += call.target.catch_up(chosen)
         call.caption(chosen, job)
-        call.target.finish()
+        call.captioned += call.target.finish()
         if job.stop.number is None:
             handled.update((own, seen.pop(own)[0]) for own in map(place_of, ready))
+        until = time.monotonic() + pause
+        while job.stop.number is None and time.monotonic() < until:
             time.sleep(POLL / 4)
 
 
@@ -339,7 +375,7 @@ class Notes:
     def __call__(self, line: str) -> None:
         if line not in self.said:
             self.said.add(line)
-            say(line)
+            tell(line)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -351,9 +387,13 @@ def main(argv: list[str] | None = None) -> int:
     pictures = find_pictures(settings.paths, notes, may_be_empty=settings.watch)
     if settings.format == "sidecars":
         sidecars.check_collisions(pictures, settings.ext, settings.sidecar_name)
-    with CaptionJournal(journal_path(settings)) as journal:
+    with CaptionJournal(journal_path(settings)) as journal, contextlib.ExitStack() as closing:
         target = open_target(settings, journal)
         call = Captioning(settings, target)
+        bad_list = journal.path.parent / BAD_IMAGES
+        if os.path.lexists(bad_list) and not is_bad_list(bad_list):
+            raise UserError(f"{visible(str(bad_list))} is not a list of bad pictures: rename it, or choose another folder with --journal")
+        closing.enter_context(Job().bad_images_in(journal.path.parent, call.ledger))
         chosen, call.skipped = ([], 0) if settings.watch else target.select(pictures)
         call.before = target.catch_up(chosen)
         number = None
@@ -366,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     call.caption(chosen, job)
                 number = job.stop.number
-        target.finish()
+        call.captioned += target.finish()
         if number is None and target.job:
             journal.add([{"event": "end"}])
         report(call, number, argv, len(chosen))

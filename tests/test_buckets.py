@@ -13,7 +13,8 @@ from captioner.tokenizer import Tokenizer
 from data import buckets, readers
 from data.buckets import CaptionLengths, bucket_edges, bucketed_order, padding_ratio
 from data.collate import next_width, pick_caption
-from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loader
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset, epoch_order, make_loader
 from data.rows import FileImage, Row
 from data.transforms import ImageTransform
 

@@ -1,6 +1,10 @@
 """Captioning files and folders: which pictures, where the captions go, kills and undo, against the filesystem and other readers of the formats."""
 
 import csv
+import errno
+import fcntl
+import hashlib
+import itertools
 import json
 import os
 import signal
@@ -14,12 +18,13 @@ import pytest
 from PIL import Image
 
 import evaluate
-from captioner import caption_files, checkpoint, cli, generate, sidecars
+from captioner import caption_files, caption_targets, checkpoint, cli, generate, sidecars
 from captioner.caption_journal import FILE_NAME
 from captioner.errors import UserError
-from captioner.pictures import find_pictures
+from captioner.pictures import find_pictures, place_of
 from data.readers import metadata_jsonl
 from tests.conftest import COLOURS, REPOSITORY, tiny_train_flags, write_tiny_data
+from tests.evil_images import make_evil
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import caption  # noqa: E402
@@ -108,6 +113,11 @@ def test_files_folders_and_globs_in_an_order_that_stays(tmp_path):
         (["empty"], 1, "empty: no pictures there"),
         (["a.jpg", "notes.txt"], 1, "notes.txt: not a picture by its name"),
         ([], 2, "name pictures"),
+        (["a.jpg", ""], 2, "one of the PATHS is empty"),
+        (["**.jpg"], 1, "**.jpg: Invalid pattern"),
+        (["a.jpg", "--format", "csv", "--output", "nowhere/x.csv"], 1, "nowhere/x.csv: its folder is not there"),
+        (["a.jpg", "--journal", "pipe"], 1, "the journal pipe: is not a regular file"),
+        (["a.jpg", "--journal", "link"], 1, "the journal link: is a symlink"),
         (["a.jpg", "--best-of", "3", "--decode", "beam"], 2, "--best-of chooses among samples"),
         (["a.jpg", "--format", "csv"], 2, "--output FILE goes with"),
         (["a.jpg", "--output", "x.json"], 2, "--output FILE goes with"),
@@ -123,12 +133,23 @@ def test_what_is_wrong_is_named_before_anything_is_done(tmp_path, monkeypatch, c
     draw(tmp_path, "a.jpg")
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("notes.txt")
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit) as exit_info:
         cli.run_command(caption.main, [*words, "--run", "nowhere"], expected=(ValueError,))
     assert exit_info.value.code == code and named in capsys.readouterr().err
+    (tmp_path / "pipe").unlink()
     assert snapshot(tmp_path) == before and not (tmp_path / FILE_NAME).exists()
+
+
+def test_a_folder_that_is_a_link_may_lead_elsewhere_by_the_next_search(tmp_path):
+    draw(tmp_path, "one/a.png", "two/a.png")
+    for name in ("one", "two"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(name)
+        assert [place_of(path) for path in find_pictures([str(tmp_path / "link")], print)] == [tmp_path / name / "a.png"]
 
 
 def test_pictures_that_share_a_sidecar(tmp_path, run):
@@ -239,9 +260,69 @@ def test_bad_pictures_are_named_and_the_others_captioned(tmp_path, run):
     os.mkfifo(folder / "pipe.png")
     (folder / "phone.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(50))
     summary, err = run(folder, "--batch-size", "2", code=3)
-    bad = {Path(line["name"]).name for line in summary["bad_images"]}
+    bad = {Path(line["id"]).name for line in summary["bad_images"]}
     assert bad == {"cut.png", "empty.jpg", "text.jpg", "folder.jpg", "loop.png", "gone.png", "pipe.png", "phone.heic"}
     assert all(name in err for name in bad) and list(texts(folder)) == ["a.txt", "z.txt"] and summary["captioned"] == 2
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_evil_pictures_are_listed_beside_the_journal(tmp_path, run, workers):
+    reasons = make_evil(tmp_path / "p")
+    draw(tmp_path / "p", "a.png")
+    before = sorted(path.name for path in (tmp_path / "p").iterdir())
+    summary, err = run(tmp_path / "p", "--workers", workers, code=3)
+    found = [json.loads(line) for line in (tmp_path / "p" / "bad_images.jsonl").read_text().splitlines()]
+    assert {Path(line["path"]).name: line["reason"] for line in found} == {name: reason for name, reason in reasons.items() if reason}
+    assert all(line["sha256"] == hashlib.sha256(Path(line["path"]).read_bytes()).hexdigest() for line in found if line["reason"] == "truncated")
+    assert all(f"{name}: " in err for name, reason in reasons.items() if reason)
+    listed = (tmp_path / "p" / "bad_images.jsonl").read_bytes()
+    assert run(tmp_path / "p", code=3)[0]["captioned"] == 0
+    assert (tmp_path / "p" / "bad_images.jsonl").read_bytes() == listed
+    assert summary["captioned"] == 1 + sum(reason is None for reason in reasons.values())
+    assert caption.main([str(tmp_path / "p"), "--undo"]) == 0
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == before
+
+
+def test_a_list_of_bad_pictures_that_is_somebody_elses_stays(tmp_path, run):
+    folder = draw(tmp_path / "p", "a.png")
+    (folder / "bad_images.jsonl").write_text("my own notes\n")
+    with pytest.raises(UserError, match="is not a list of bad pictures"):
+        caption.main([str(folder), "--run", "nowhere"])
+    assert (folder / "bad_images.jsonl").read_text() == "my own notes\n" and not (folder / "a.txt").exists()
+
+
+def test_names_do_not_steer_the_terminal(tmp_path, run):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    (folder / "\x1b[31m\nred.png").write_text("no picture")
+    _, err = run(folder, code=3)
+    assert "\x1b" not in err and "\\x1b[31m red.png" in err
+    draw(folder, "\x1b[2J.png", "\x1b[2J.jpg")
+    _, err = run(folder, code=1)
+    assert "\x1b" not in err and "\\x1b[2J.jpg" in err
+
+
+def test_a_picture_that_is_replaced_while_it_is_captioned(tmp_path, run, monkeypatch):
+    folder = draw(tmp_path / "p", "a.png", "b.png")
+    captions_of = caption.Captioning.captions_of
+
+    def replace_and_caption(call, batch):
+        Image.new("RGB", (41, 31), "white").save(folder / "a.png")
+        return captions_of(call, batch)
+
+    monkeypatch.setattr(caption.Captioning, "captions_of", replace_and_caption)
+    _, err = run(folder, code=3)
+    assert "a.png: was changed while it was captioned" in err and list(texts(folder)) == ["b.txt"]
+    monkeypatch.undo()
+    assert run(folder)[0]["captioned"] == 1 and list(texts(folder)) == ["a.txt", "b.txt"]
+
+
+def test_a_folder_that_cannot_be_written_costs_no_captioning(tmp_path, run, monkeypatch):
+    folder = draw(tmp_path / "p", "a.png", "b.png")
+    (folder / "a.txt").write_text("mine")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    summary, err = run(folder, code=3)
+    assert (summary["run"], summary["skipped"], summary["refused"]) == (None, 1, 1) and "b.txt: its folder cannot be written" in err
 
 
 def test_nothing_of_a_picture_but_its_name_is_written(tmp_path, run):
@@ -292,6 +373,29 @@ def test_one_file_for_all(tmp_path, run, kind):
     assert not out.exists()
 
 
+def test_a_job_that_never_wrote_its_file_can_be_undone(tmp_path, run, monkeypatch):
+    folder, out = draw(tmp_path / "p", "a.png"), tmp_path / "out" / "c.csv"
+    out.parent.mkdir()
+    captions_of = caption.Captioning.captions_of
+
+    def remove_and_caption(call, batch):
+        out.parent.rmdir()
+        return captions_of(call, batch)
+
+    monkeypatch.setattr(caption.Captioning, "captions_of", remove_and_caption)
+    _, err = run(folder, "--format", "csv", "--output", out, code=1)
+    assert "c.csv: cannot be written" in err
+    assert run(folder, "--undo", "--output", out)[0]["restored"] == 0
+    assert not (folder / FILE_NAME).exists()
+
+
+def test_a_caption_ends_its_line_as_the_others_do():
+    old = b"\xef\xbb\xbfone\r\ntwo"
+    assert sidecars.compose(old, "new", "append", Path("f")) == old + b"\r\nnew\r\n"
+    assert sidecars.compose(old, "new", "prepend", Path("f")) == b"\xef\xbb\xbfnew\r\none\r\ntwo"
+    assert sidecars.compose(old, "new", "overwrite", Path("f")) == b"new\n"
+
+
 def test_what_a_file_of_captions_has_of_other_pictures_stays():
     given = {
         "metadata.jsonl": '{"file_name": "x.png", "text": "old", "score": 1}\n{"file_name": "y.png", "captions": ["one", "two"]}\n',
@@ -330,7 +434,7 @@ NAMES = [f"{letter}{number}.png" for letter in "ab" for number in range(3)]
 
 
 def killed_at(flags: list[str], left: int) -> int:
-    """The command in a process of its own, which gets SIGKILL after `left` openings, renamings and syncs of files; its status, as of os.waitpid."""
+    """The command in a process of its own, which gets SIGKILL after `left` openings, writes, renamings and syncs of files; its status, as of os.waitpid."""
     import torch
 
     child = os.fork()
@@ -351,7 +455,7 @@ def killed_at(flags: list[str], left: int) -> int:
 
             return call
 
-        for name in ("open", "replace", "fsync"):
+        for name in ("open", "write", "replace", "fsync"):
             setattr(os, name, counted(getattr(os, name)))
         code = caption.main(flags)
     finally:
@@ -384,19 +488,78 @@ def test_a_kill_at_any_moment(tiny_run, tmp_path, run, kind):
     run(*flags(undisturbed))
     new = contents(undisturbed)
     assert new != old and (kind != "sidecars" or len(new) == 7 and all(len(new[f"{name[:-4]}.txt"].splitlines()) == 2 for name in NAMES[::2]))
-    for left in (1, 2, 5, 8, 11, 14, 17, 20, 23, 26) if kind == "sidecars" else (2, 3, 4, 5, 6):
+    step = 4 if kind == "sidecars" else 1
+    for left in itertools.count(2, step):
         folder = prepare(tmp_path / str(left))
         before = snapshot(folder)
         status = killed_at([*flags(folder), "--run", str(tiny_run), "--decode", "greedy", "--device", "cpu"], left)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if not os.WIFSIGNALED(status):
+            assert left > 8 * step and os.waitstatus_to_exitcode(status) == 0
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
         found = contents(folder)
         assert all(content in (old.get(name), new[name]) for name, content in found.items()), "no partial file"
         assert old.keys() <= found.keys()
         run(*flags(folder))
         assert contents(folder) == new and not list(folder.glob(".captioning*"))
         run(*flags(folder), "--undo")
-        assert snapshot(folder) == before
+        assert snapshot(folder) == before and not (folder / FILE_NAME).exists()
         run(*flags(folder), "--undo", code=1)
+
+
+def test_batches_that_follow_fast_wait_for_the_disk_together(tmp_path, run, monkeypatch):
+    syncs = []  # the sidecars that were there before each wait
+    fsync = os.fsync
+
+    def counted(descriptor):
+        syncs.append(len(texts(tmp_path)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    for pause, expected in ((100.0, [0]), (0.0, [0, 1, 2, 3, 4, 5])):
+        monkeypatch.setattr(caption_targets, "PAUSE", pause)
+        syncs.clear()
+        run(draw(tmp_path, *NAMES), "--batch-size", "1")
+        assert len(texts(tmp_path)) == 6 and syncs == expected
+        run(tmp_path, "--undo")
+
+
+def test_a_disk_that_gets_full(tmp_path, run, monkeypatch):
+    folder = prepare(tmp_path / "p")
+    before, write = snapshot(folder), os.write
+    for room in (1, 2, 4):
+        left = room
+
+        def write_while_there_is_room(descriptor, data):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", write_while_there_is_room)
+            _, err = run(folder, "--existing", "append", code=1)
+        assert err.splitlines()[-1].endswith(": cannot be written: the disk is full") and str(folder) in err.splitlines()[-1]
+        assert not list(folder.glob(".captioning*"))
+    assert run(folder, "--existing", "append")[0]["captioned"] == 6
+    run(folder, "--undo")
+    assert snapshot(folder) == before
+
+
+def test_a_journal_is_for_its_owner_and_was_not_taken_away(tmp_path, run, monkeypatch):
+    folder = draw(tmp_path / "p", "a.png")
+    run(folder)
+    assert stat.S_IMODE((folder / FILE_NAME).stat().st_mode) == 0o600, "it has the old content of files that may be private"
+    lockf = fcntl.lockf
+
+    def lose_and_lock(file, how):
+        (folder / FILE_NAME).unlink()
+        lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lose_and_lock)
+    _, err = run(folder, "--existing", "overwrite", code=1)
+    assert "is in use by another process" in err
 
 
 def test_undo_puts_back_content_permissions_and_times(tmp_path, run):
@@ -413,7 +576,7 @@ def test_undo_puts_back_content_permissions_and_times(tmp_path, run):
     assert run(folder, "--undo")[0]["restored"] == 6
     assert snapshot(folder) == before
     _, err = run(folder, "--undo", code=1)
-    assert "nothing is left to undo" in err
+    assert "nothing to undo" in err and not (folder / FILE_NAME).exists()
 
 
 def test_undo_leaves_what_was_changed_since(tmp_path, run):
@@ -456,9 +619,22 @@ def test_a_torn_or_damaged_journal(tmp_path, run):
         (folder / name).with_suffix(".txt").unlink()
     summary, _ = run(folder)
     assert (summary["captioned"], summary["captioned_before"]) == (6, 3) and texts(folder) == whole
+    for torn in (b"", b"{", b'{"event": "jo'):
+        journal.write_bytes(torn)
+        assert run(folder)[0]["skipped"] == 6 and not journal.exists()
     journal.write_bytes(b"".join(lines[:2]) + b"{}\n" + b"".join(lines[3:]))
     _, err = run(folder, code=1)
     assert f"{FILE_NAME}: line 3 is damaged" in err
+
+
+@pytest.mark.parametrize("content", [b"a note without a newline", b"two\nlines", b"\xff\xd8\xff\n\xe0", b"\n"])
+def test_a_file_that_is_no_journal_stays(tmp_path, run, content):
+    folder, other = draw(tmp_path / "p", "a.png"), tmp_path / "other"
+    other.write_bytes(content)
+    _, err = run(folder, "--journal", other, code=1)
+    assert str(other) in err and other.read_bytes() == content
+    _, err = run(folder, "--format", "csv", "--output", tmp_path / "j", "--journal", tmp_path / "j", code=2)
+    assert "--output is the journal" in err
 
 
 def test_an_unfinished_job_goes_on_with_its_own_settings_alone(tmp_path, run):

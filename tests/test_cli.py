@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import signal
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -196,3 +197,14 @@ def test_threads_spin_on_an_idle_machine_and_sleep_beside_others(tmp_path, envir
         (tmp_path / "loadavg").write_text(loadavg)
     cli.choose_waiting(environment, tmp_path / "loadavg")
     assert environment == expected
+
+
+def test_json_goes_into_a_pipe_and_no_device_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        files.write_json(tmp_path / "pipe", {"n": 1})
+        assert json.loads(reader.stdout.read()) == {"n": 1}
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    with pytest.raises(UserError, match="pipe: cannot be written: it is no regular file"):
+        files.write_text(tmp_path / "pipe", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from captioner import clip_score, demo
 from captioner.clip_score import PROMPT, ClipScorer, embed_split, load_scorer, same_model, score_candidates, score_captions
 from captioner.errors import UserError
-from data.dataset import BadImageLedger
+from data.bad_images import BadImageLedger
 from data.rows import FileImage, Row
 
 TINY = {

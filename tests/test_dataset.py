@@ -13,7 +13,8 @@ from PIL import Image
 
 from data import readers, scenes
 from data.collate import Collate, pad_labels, pick_caption
-from data.dataset import BadImageLedger, BadRow, CaptionDataset, epoch_order, make_loader
+from data.bad_images import BadImageLedger, BadRow
+from data.dataset import CaptionDataset, epoch_order, make_loader
 from data.images import BadImage
 from data.rows import DataError
 from data.transforms import ImageTransform
@@ -253,7 +254,7 @@ def test_on_bad_fail_stops_at_the_first(folder, workers):
 
 
 def test_the_ledger_writes_to_standard_error(capsys):
-    BadImageLedger().record(BadRow("a", "a.jpg", "missing", "a.jpg: no such file"))
+    BadImageLedger().record(BadRow("a", "a.jpg", "missing", None, "a.jpg: no such file"))
     captured = capsys.readouterr()
     assert captured.err == "bad image left out (missing): a.jpg: no such file\n" and captured.out == ""
     assert BadImageLedger().summary() == "0 bad images left out"

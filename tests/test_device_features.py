@@ -9,7 +9,8 @@ from PIL import Image
 from captioner.backbones import build_vision
 from captioner.errors import UserError
 from captioner.features import DeviceFeatures, FeatureStore
-from data.dataset import BadImageLedger, CaptionDataset, make_loader
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset, make_loader
 from data.rows import FileImage, Row
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from captioner.backbones import Backbone, build_vision
 from captioner.errors import UserError
 from captioner.features import DeviceFeatures, FeatureStore
 from captioner.runtime import frozen_tokens
-from data.dataset import BadImageLedger, CaptionDataset, make_loader
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset, make_loader
 from data.rows import FileImage, Row
 from data.views import parse_views
 
@@ -117,7 +118,7 @@ def test_bad_images_go_to_the_ledger_and_have_no_features(backbone, rows, tmp_pa
     (tmp_path / "3.png").unlink()
     ledger = BadImageLedger(warn=lambda line: None)
     store = prepared(tmp_path / "cache", backbone, rows, ledger)
-    assert {Path(bad.name).name for bad in ledger.rows.values()} == {"2.png", "3.png"}
+    assert {Path(bad.path).name for bad in ledger.rows.values()} == {"2.png", "3.png"}
     assert store.get(rows[2]) is None and store.get(rows[3]) is None and store.get(rows[4]) is not None
 
 

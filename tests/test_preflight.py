@@ -26,7 +26,8 @@ from captioner.timm_vision import TimmVision
 from captioner.vit import VisionConfig, VisionTransformer
 from data.buckets import CaptionLengths
 from data.collate import pad_labels
-from data.dataset import BadRow, CaptionDataset, make_loader
+from data.bad_images import BadRow
+from data.dataset import CaptionDataset, make_loader
 from data.images import BadImage
 from data.rows import Row
 from tests.conftest import TINY_TEXT
@@ -47,6 +48,9 @@ class Named:
         if self.name.startswith("bad"):
             raise BadImage(self.name, "unreadable", "not an image")
         return self.name
+
+    def fingerprint(self):
+        raise BadImage(self.name, "missing", "only a name")
 
 
 def encode(texts):

@@ -83,7 +83,7 @@ def test_csv_captions_may_be_a_json_list_and_columns_in_any_order(tmp_path):
         (b'file_name,text\na,"x\ny"\nb,"never closed\nc,z\n', "line 4: .*unexpected end"),
         (b"file_name,text,text\na,x,y\n", "line 1: the header has the column 'text' twice"),
         (b"file_name,text\na,x\nb,\xff\n", "line 3: not UTF-8"),
-        (b"name,text\na,x\n", "line 2: no file_name"),
+        (b"name;text\na;x\n", "line 2: no file_name .*, found name;text"),
         (b"file_name,label\na,x\n", "line 2: no caption: .* found file_name, label"),
         (b"file_name,text\na,x\na,y\n", "line 3: file_name 'a' is already on line 2"),
         (b"file_name,text\n../a,y\n", r"line 2: .* holds '\.\.'"),
@@ -120,6 +120,25 @@ def test_a_split_column_in_one_metadata_file(tmp_path, kind):
     assert readers.splits(tmp_path) == ("train", "val", "test")
     put(path, lines[kind][0].replace("split", "part") + ("\na,b,c" if kind == "csv" else ""))
     expect_error("no 'split'; without one, the metadata of split 'train' belongs in a sub-folder", tmp_path)
+
+
+def test_metadata_at_the_root_as_image_folders_of_hugging_face_have_it(tmp_path):
+    names = ("train/a.jpg", "./validation/b.jpg", "train/deep/c.jpg")
+    path = put(tmp_path / "metadata.csv", "file_name,text\r\n" + "".join(f"{name},{name}\r\n" for name in names))
+    (tmp_path / "train").mkdir()
+    assert [row.image.path for row in readers.read(tmp_path, "train")] == [tmp_path / "train/a.jpg", tmp_path / "train/deep/c.jpg"]
+    assert [row.id for row in readers.read(tmp_path, "val")] == ["validation/b.jpg"]
+    expect_error(r"no split 'test' in .*: it has train, validation", tmp_path, "test")
+    put(path, "file_name,text\nimages/a.jpg,x\n")
+    expect_error("line 2: no 'split'; without one", tmp_path)
+    put(path, "file_name,text,split\ntrain/a.jpg,x,val\n")
+    assert [row.id for row in readers.read(tmp_path, "val")] == ["train/a.jpg"]
+
+
+def test_metadata_that_is_named_with_its_split(tmp_path):
+    put(tmp_path / "train" / "metadata.jsonl", {"file_name": "a.jpg", "text": "x"})
+    assert facts(readers.read(tmp_path / "{split}" / "metadata.jsonl", "train")) == [("a.jpg", ("x",))]
+    expect_error("no 'split'; without one", tmp_path / "train" / "metadata.jsonl", "val")
 
 
 # metadata.parquet
@@ -392,7 +411,7 @@ def test_the_index_of_a_tar_is_that_of_tarfile(tmp_path, format):
     with tarfile.open(path) as tar:
         expected = [(one.name, one.offset_data, one.size) for one in tar if one.isreg()]
     with tar_index.TarFile(path) as tar:
-        found = [(one.name, one.offset, one.size) for one in tar.members()]
+        found = list(tar.members())
     assert found == [(name.removeprefix("./"), offset, size) for name, offset, size in expected]
     assert len(found) == len(names) + 1
 
@@ -400,7 +419,7 @@ def test_the_index_of_a_tar_is_that_of_tarfile(tmp_path, format):
 def test_keys_end_at_the_first_dot_and_clash_between_shards_only(tmp_path, capsys):
     write_shard(tmp_path / "train" / "a.tar", {
         "deep/x": {"png": picture(1), "seg.png": b"z", "txt": b"one", "cls": b"3", "pyd": b"cos\nsystem\n"},
-        "k": {"WEBP": picture(2, "WEBP"), "json": b'{"caption": "two"}'},
+        "k": {"WEBP": picture(2, "WEBP"), "JSON": b'{"caption": "two"}'},
         "bare": {"jpg": b"x"}, "none": {"txt": b"x"}, "blank": {"jpg": b"x", "txt": b" "}, "num": {"jpg": b"x", "json": b'{"caption": 3}'},
     })  # fmt: skip
     assert facts(readers.read(tmp_path, "train")) == [("deep/x", ("one",)), ("k", ("two",))]
@@ -591,7 +610,7 @@ def test_patterns(tmp_path):
 
 def test_images_in_tars_that_cannot_be_read_are_bad_images(tmp_path):
     path = write_shard(tmp_path / "a.tar", {"a": {"jpg": b"not an image"}, "b": {"jpg": b""}})
-    images = {one.name: TarImage(path, one.name, one.offset, one.size) for one in tar_index.TarFile(path).members()}
+    images = {name: TarImage(path, name, offset, size) for name, offset, size in tar_index.TarFile(path).members()}
     good, huge = images["a.jpg"], TarImage(path, "huge.jpg", 0, 2**40)
     for image, reason in (
         (good, "format"), (images["b.jpg"], "empty"), (huge, "too-large"), (TarImage(path, "x.jpg", path.stat().st_size, 9), "truncated"),
@@ -740,6 +759,8 @@ def test_preferences_with_a_split_field_and_wrong_ones(tmp_path):
         expect_error(rf"pairs\.jsonl, line 3: .*{match}", tmp_path)
     put(path, json.dumps(good) + "\n{")
     expect_error(r"pairs\.jsonl, line 2: not JSON", tmp_path)
+    put(path, json.dumps(good) + "\n" + json.dumps({"image": "a.jpg", "chosen": "x", "rejected": "z"}))
+    expect_error(r"pairs\.jsonl, line 2: no 'split', which records before it have", tmp_path)
 
 
 # Which format
@@ -766,6 +787,9 @@ def test_what_is_no_data_set_is_said(tmp_path):
     for data in ("x\0y", "a" * 5000, "@1", "gone/{split}", "/dev/gone"):
         expect_error("no data folder ", data)
     expect_error("is neither a folder nor a regular file", "/dev/zero")
+    write_shards(tmp_path / "unnamed", 2)
+    put(tmp_path / "unnamed" / "00000_stats.json", {"count": 4})
+    expect_error("it has no sub-folders; .*; 00000.tar, 00000_stats.json, 00001.tar are not named after it", tmp_path / "unnamed")
     expect_error("holds no split 'train' in a format that is known", put(tmp_path / "train.json", "[1, 2]"))
     expect_error("holds no split 'train' in a format that is known", put(tmp_path / "train.json", "{"))
     os.mkfifo(tmp_path / "train.jsonl")

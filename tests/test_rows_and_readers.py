@@ -140,6 +140,9 @@ def test_misnamed_metadata_is_pointed_out(tmp_path):
     expect_error(r"no metadata\.jsonl or metadata\.csv or metadata\.parquet, no \.tar and no image with a .* in .*train$", tmp_path)
     (tmp_path / "train" / "metadata.json1").write_text("{}")
     expect_error(r"no metadata\.jsonl or .* in .*train, but metadata\.json1: rename it", tmp_path)
+    (tmp_path / "train" / "metadata.json1").rename(tmp_path / "metadata.json1")
+    (tmp_path / "train").rmdir()
+    expect_error(r"no metadata\.jsonl or .* in .*, but metadata\.json1: rename it", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])

@@ -1,6 +1,7 @@
 import itertools
 from data import readers
-from data.dataset import BadImageLedger, CaptionDataset
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset
 from data.schedule import TrainingSchedule
 from data.transforms import ImageTransform
 from tests.test_readers import picture, put, write_shards, write_source

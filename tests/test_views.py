@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from captioner.t5 import T5, T5Config
 from data.scenes import split
 from data.transforms import ImageTransform
 from data.views import NAMED, WHOLE, View, parse_views
+from tests.conftest import REPOSITORY
 
 
 def picture(width: int = 90, height: int = 61) -> Image.Image:
@@ -204,3 +207,12 @@ def test_a_bundle_brings_its_views(run, tmp_path):
     assert model.views == 3 and transform == dataclasses.replace(transform, views=parse_views("whole,top-left,center"))
     merged = export(run, "merged", tmp_path / "merged").output
     assert "view_embedding" in (merged / "README.md").read_text() and "transformers import CLIPVisionModel" not in (merged / "README.md").read_text()
+
+
+@pytest.mark.parametrize("more", [["--decode", "greedy"], ["--best-of", "2", "--reranker", "ViT-Tiny-Scenes:scorer"]], ids=" ".join)
+def test_a_folder_is_captioned_with_views(run, tmp_path, more):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    picture().save(pictures / "a.png")
+    done = subprocess.run([sys.executable, REPOSITORY / "scripts" / "caption.py", pictures, "--run", run, *more], capture_output=True, text=True)
+    assert done.returncode == 0 and (pictures / "a.txt").read_text().strip(), done.stderr

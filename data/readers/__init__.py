@@ -16,6 +16,7 @@ from data.readers import (
     metadata_jsonl,
     metadata_parquet,
     mixture,
+    places,
     preference,
     records,
     scenes,
@@ -116,15 +117,18 @@ def _nothing_to_read(path: Path, split: str) -> str:
     if path.is_file():
         return f"{path} is a file that holds no split {split!r} in a format that is known ({', '.join(BY_NAME)})"
     splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not (path / split).is_dir():
+    folder = path / split if (path / split).is_dir() else path
+    similar = sorted(entry.name for entry in folder.iterdir() if entry.name.lower().startswith("metadata"))
+    if folder == path and (splits or not similar):
         found = (
             f"it has {', '.join(splits)}"
             if splits
             else "it has no sub-folders; splits are sub-folders (train, val, test)"
         )
-        return f"no split {split!r} in {path}: {found}"
+        unnamed = places.all_files(path, (webdataset.SUFFIX, *preference.SUFFIXES, *conceptual_captions.SUFFIXES))
+        files = f"; {records.names_of(one.name for one in unnamed)} are not named after it" if unnamed else ""
+        return f"no split {split!r} in {path}: {found}{files}"
     expected = " or ".join(reader.FILE_NAME for reader in METADATA)
-    similar = sorted(entry.name for entry in (path / split).iterdir() if entry.name.lower().startswith("metadata"))
     if similar:
-        return f"no {expected} in {path / split}, but {', '.join(similar)}: rename it"
-    return f"no {expected}, no {webdataset.SUFFIX} and no image with a {' or '.join(sidecars.TEXTS)} in {path / split}"
+        return f"no {expected} in {folder}, but {', '.join(similar)}: rename it"
+    return f"no {expected}, no {webdataset.SUFFIX} and no image with a {' or '.join(sidecars.TEXTS)} in {folder}"

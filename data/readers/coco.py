@@ -12,6 +12,7 @@ from data.readers import json_stream, places, records
 from data.rows import DataError, FileImage, Row
 
 NAME = "coco"
+ID = (int, str)
 
 
 def matches(data: Path, split: str) -> bool:
@@ -84,9 +85,9 @@ def _take(path: Path, place: str, record: object, id_key: str, key: str, found: 
         if not isinstance(record, dict):
             raise DataError(f"a JSON object is expected, not {type(record).__name__}")
         image_id, value = record.get(id_key), record.get(key)
-        if not isinstance(image_id, int | str):
+        if not isinstance(image_id, ID):
             raise DataError(f"no {id_key} (a number or a string)")
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value or value.isspace():
             raise DataError(f"no {key} (a non-empty string)")
         if key == "caption":
             found.setdefault(image_id, []).append(records.normalised(value, key))

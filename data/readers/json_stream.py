@@ -16,6 +16,7 @@ from data.rows import DataError
 CHUNK = 2**20
 MAX_VALUE = 2**24  # characters of one record
 SPACE = re.compile(r"[ \t\n\r]*")
+COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
 
 
 class JsonStream:
@@ -97,6 +98,9 @@ class JsonStream:
 
     def peek(self) -> str:
         """The next character that is no space, empty at the end."""
+        found = self.text[self.position : self.position + 1]
+        if found > " ":
+            return found
         while True:
             self.position = SPACE.match(self.text, self.position).end()
             if self.position < len(self.text) or self.at_end:
@@ -107,6 +111,10 @@ class JsonStream:
         return DataError(f"{self.path}, {self.place}: {message}")
 
     def _another(self, end: str) -> bool:
+        comma = COMMA.match(self.text, self.position)
+        if comma:
+            self.position = comma.end()
+            return True
         found = self.peek()
         if found not in (",", end) or not found:
             raise self.error("the file ends here" if not found else f"not JSON (',' or '{end}' is expected)")

@@ -1,7 +1,8 @@
 """The image folder `DATA/SPLIT/metadata.csv`: as metadata.jsonl, with the keys as the header of columns.
 
 UTF-8, commas, RFC 4180 quotes: a quoted value may hold commas and line breaks. A value of the column `captions` that
-begins with `[` is a JSON list of captions. `DATA/metadata.csv` holds all splits where it has a column `split`.
+begins with `[` is a JSON list of captions. `DATA/metadata.csv` holds all splits where it has a column `split`, or
+its file names begin with it: `train/a.jpg`.
 """
 
 import csv
@@ -10,24 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.readers import metadata, records
-from data.rows import DataError, Row
+from data.rows import DataError
 
 NAME = "csv"
 FILE_NAME = "metadata.csv"
-
-
-def find(data: Path, split: str) -> Path | None:
-    return metadata.find(data, split, FILE_NAME)
-
-
-def matches(data: Path, split: str) -> bool:
-    return find(data, split) is not None
-
-
-def read(data: Path, split: str) -> list[Row]:
-    """The rows of the split in file order; raises DataError naming the file and the line where the row begins."""
-    path = metadata.need(data, split, FILE_NAME)
-    return metadata.read(path, data, split, "line", table(path))
 
 
 def table(path: Path) -> Iterator[tuple[int, dict]]:
@@ -74,3 +61,7 @@ def _record(header: list[str], values: list[str]) -> dict:
         except (ValueError, RecursionError) as error:
             raise DataError(f"captions begins with '[' but is no JSON list ({str(error)[:200]})") from error
     return record
+
+
+_metadata = metadata.Metadata(FILE_NAME, "line", table)
+find, matches, read = _metadata.find, _metadata.matches, _metadata.read

@@ -3,7 +3,7 @@
 `{"file_name": "a.jpg", "caption": "..."}`; the captions are a string or a list of strings under the first present of
 `captions`, `caption`, `text`. `file_name` is relative to the metadata file and must not leave DATA. The row's id is
 `file_name`. An image file that is missing is not an error here: it is a bad image, found when it is opened.
-`DATA/metadata.jsonl` holds all splits where its objects have a `split`.
+`DATA/metadata.jsonl` holds all splits where its objects have a `split`, or their file names begin with it: `train/a.jpg`.
 """
 
 import json
@@ -11,24 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.readers import metadata, records
-from data.rows import DataError, Row
+from data.rows import DataError
 
 NAME = "jsonl"
 FILE_NAME = "metadata.jsonl"
-
-
-def find(data: Path, split: str) -> Path | None:
-    return metadata.find(data, split, FILE_NAME)
-
-
-def matches(data: Path, split: str) -> bool:
-    return find(data, split) is not None
-
-
-def read(data: Path, split: str) -> list[Row]:
-    """The rows of the split in file order; raises DataError naming the file and the line."""
-    path = metadata.need(data, split, FILE_NAME)
-    return metadata.read(path, data, split, "line", _records(path))
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -50,3 +36,7 @@ def parse(line: bytes) -> dict:
     if not isinstance(record, dict):
         raise DataError(f"a JSON object is expected, not {type(record).__name__}")
     return record
+
+
+_metadata = metadata.Metadata(FILE_NAME, "line", _records)
+find, matches, read = _metadata.find, _metadata.matches, _metadata.read

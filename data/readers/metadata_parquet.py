@@ -1,32 +1,18 @@
 """The image folder `DATA/SPLIT/metadata.parquet`: as metadata.jsonl, a column for each key. Needs pyarrow.
 
 Captions are a column of strings or of lists of strings. `DATA/metadata.parquet` holds all splits where it has a column
-`split`.
+`split`, or its file names begin with it: `train/a.jpg`.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from data.readers import metadata, places, records
-from data.rows import DataError, Row
+from data.rows import DataError
 
 NAME = "parquet"
 FILE_NAME = "metadata.parquet"
 ROWS_AT_ONCE = 8192
-
-
-def find(data: Path, split: str) -> Path | None:
-    return metadata.find(data, split, FILE_NAME)
-
-
-def matches(data: Path, split: str) -> bool:
-    return find(data, split) is not None
-
-
-def read(data: Path, split: str) -> list[Row]:
-    """The rows of the split in file order; raises DataError naming the file and the row, counted from 1."""
-    path = metadata.need(data, split, FILE_NAME)
-    return metadata.read(path, data, split, "row", _records(path))
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -51,3 +37,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict]]:
         raise DataError(f"{path}, rows {first} to {first + ROWS_AT_ONCE - 1}: not UTF-8 ({error.reason})") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} as Parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+_metadata = metadata.Metadata(FILE_NAME, "row", _records)
+find, matches, read = _metadata.find, _metadata.matches, _metadata.read

@@ -29,6 +29,14 @@ def belongs(value: object, split: str) -> bool:
     return isinstance(value, str) and (same_split(value, split) or value == "restval" and _plain(split) == "train")
 
 
+def split_of_folder(file_name: object, split: str) -> str | None:
+    """The first folder of a file name where it is the split that is asked for or a usual one, else None."""
+    if not isinstance(file_name, str):
+        return None
+    folder, slash, _ = file_name.removeprefix("./").partition("/")
+    return folder if slash and (_plain(folder) in USUAL or same_split(folder, split)) else None
+
+
 def named_after(path: Path, split: str) -> bool:
     """Whether a file, or where its name has none of the usual splits the folder it is in, is named after the split."""
     own = _words(path.name)

@@ -47,12 +47,16 @@ def read(data: Path, split: str) -> list[Row]:
 
 def _of_split(path: Path, split: str, found: dict[str, None]) -> Iterator[tuple[str, object]]:
     """(place, record) of the split; the splits that records name are added to those found."""
+    named = False
     for place, record in _records(path):
         value = record.get(places.SPLIT_KEY) if isinstance(record, dict) else None
         if isinstance(value, str):
             found[value] = None
-        elif not found:
+        elif found and isinstance(record, dict):
+            raise DataError(f"{path}, {place}: no {places.SPLIT_KEY!r}, which records before it have")
+        elif not named:
             places.check_name(path, split)
+            named = True
         if not isinstance(value, str) or places.belongs(value, split):
             yield place, record
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from data.rows import DataError, FileImage, Row
 
 MAX_LINE_BYTES = 2**24
-PLAIN = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")  # a file name that every system takes as it is
+PLAIN = re.compile(r"\w[\w-]*([./]\w[\w-]*)*")  # a file name, also below folders, that every system takes as it is
 CAPTION_KEYS = ("captions", "caption", "text")
 
 
@@ -61,7 +61,8 @@ def normalised(text: object, key: str) -> str:
     """A text with single spaces; raises DataError where it is empty, no string, or no Unicode."""
     if not isinstance(text, str):
         raise DataError(f"{key} must be a string, not {type(text).__name__}")
-    check_unicode(text, key)
+    if not text.isascii():
+        check_unicode(text, key)
     text = " ".join(text.split())
     if not text:
         raise DataError(f"{key} is empty")
@@ -70,8 +71,10 @@ def normalised(text: object, key: str) -> str:
 
 def captions_of(record: dict) -> tuple[str, ...]:
     """A record's captions, a string or a list of strings under the first present of CAPTION_KEYS; raises DataError."""
-    key = next((key for key in CAPTION_KEYS if key in record), None)
-    if key is None:
+    for key in CAPTION_KEYS:
+        if key in record:
+            break
+    else:
         raise DataError(
             f"no caption: one of the keys {', '.join(CAPTION_KEYS)} is expected, found {names_of(record)}"
         )
@@ -85,7 +88,7 @@ def captions_of(record: dict) -> tuple[str, ...]:
         if not isinstance(caption, str):
             raise DataError(f"{key} holds {short(caption)}, which is not a string")
         check_unicode(caption, key)
-    texts = tuple(" ".join(caption.split()) for caption in captions)
+    texts = tuple([" ".join(caption.split()) for caption in captions])
     if "" in texts:
         raise DataError(f"{key} holds an empty caption")
     return texts
@@ -103,7 +106,8 @@ def file_row(record: dict, paths: "InsidePaths") -> Row:
     """The row of a record of an image folder's metadata: file_name and captions; raises DataError."""
     file_name = record.get("file_name")
     if not isinstance(file_name, str) or not file_name.strip():
-        raise DataError("no file_name (a non-empty string)")
+        found = "" if "file_name" in record else f", found {names_of(record)}"
+        raise DataError(f"no file_name (a non-empty string){found}")
     row_id, path = paths.resolve(file_name)
     return Row(id=row_id, image=FileImage(path), captions=captions_of(record))
 
@@ -133,14 +137,16 @@ class InsidePaths:
 
     def resolve(self, file_name: str) -> tuple[str, Path]:
         """(row id, path); the id is the file name with `./` and doubled slashes removed."""
-        check_unicode(file_name, self.key)
+        if not file_name.isascii():
+            check_unicode(file_name, self.key)
         if "\0" in file_name:
             raise DataError(f"{self.key} {short(file_name)} holds a zero byte")
-        if file_name.startswith("/") or PLAIN.fullmatch(file_name) is None and PureWindowsPath(file_name).drive:
+        plain = PLAIN.fullmatch(file_name) is not None
+        if file_name.startswith("/") or not plain and PureWindowsPath(file_name).drive:
             raise DataError(f"{self.key} {short(file_name)} is absolute; it must be relative to {self._expected()}")
         if ".." in file_name and ".." in file_name.replace("\\", "/").split("/"):
             raise DataError(f"{self.key} {short(file_name)} holds '..'; it must stay inside the data folder")
-        row_id = file_name if PLAIN.fullmatch(file_name) else str(PurePosixPath(file_name))
+        row_id = file_name if plain else str(PurePosixPath(file_name))
         path = self.prefix + row_id
         # One look at the link flag per file; the folders are resolved once each.
         below, _, name = row_id.rpartition("/")

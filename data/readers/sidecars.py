@@ -34,25 +34,26 @@ def read(data: Path, split: str) -> list[Row]:
     rows, bare = [], []
     for below, images, texts, links in _folders(folder):
         place, owners = folder / below, {}
-        for name, stem in images.items():
+        for name, stem in sorted(images.items()):
             found = _texts_of(name, stem, texts)
             if not found:
                 bare.append(below + name)
                 continue
             if len(found) > 1:
                 raise DataError(f"{place / name} has two captions: {' and '.join(found)}")
-            owner = owners.setdefault(found[0], name)
+            text = found[0]
+            owner = owners.setdefault(text, name)
             if owner != name:
                 raise DataError(
-                    f"{place / found[0]} can belong to {owner} and to {name}: name it after one of them, as "
-                    f"{name}{Path(found[0]).suffix}, or rename an image"
+                    f"{place / text} can belong to {owner} and to {name}: name it after one of them, as "
+                    f"{name}{Path(text).suffix}, or rename an image"
                 )
-            records.check_unicode(below + name, "file")
-            for file in (name, found[0]):
+            row_id = below + name
+            records.check_unicode(row_id, "file")
+            for file in (name, text):
                 if file in links:
                     paths.resolve(below + file)
-            caption = _caption(place / found[0])
-            rows.append(Row(id=below + name, image=FileImage(place / name), captions=(caption,)))
+            rows.append(Row(row_id, FileImage(place / name), (_caption(f"{place}{os.sep}{text}"),)))
     if not rows:
         raise DataError(f"no image in {folder} has a {' or '.join(TEXTS)} file beside it")
     if bare:
@@ -67,39 +68,39 @@ def _texts_of(name: str, stem: str, texts: set[str]) -> list[str]:
 
 
 def _folders(folder: Path) -> Iterator[tuple[str, dict[str, str], set[str], set[str]]]:
-    """(path below with its slash, {image: its stem}, texts, links) of the folder and of each in it, by name."""
+    """(path below with its slash, {image: its stem}, texts, links) of the folder and of each in it, folders by name."""
     waiting = [""]
     while waiting:
         below = waiting.pop()
         images, texts, links, inner = {}, set(), set(), []
         for entry in _entries(folder / below):
-            stem, dot, suffix = entry.name.rpartition(".")
-            if entry.name.startswith("."):
+            name = entry.name
+            if name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                inner.append(f"{below}{entry.name}/")
+                inner.append(f"{below}{name}/")
                 continue
-            if dot + suffix in TEXTS:
-                texts.add(entry.name)
-            elif stem and dot + suffix.lower() in IMAGES:
-                images[entry.name] = stem
+            if name.endswith(TEXTS):
+                texts.add(name)
+            elif name.lower().endswith(IMAGES):
+                images[name] = name[: name.rindex(".")]
             if entry.is_symlink():
-                links.add(entry.name)
-        waiting += reversed(inner)
+                links.add(name)
+        waiting += sorted(inner, reverse=True)
         yield below, images, texts, links
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
+            return list(found)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
-def _caption(path: Path) -> str:
+def _caption(path: str) -> str:
     """The text of a file; raises DataError. O_NONBLOCK: opening a pipe must not wait."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))

@@ -9,8 +9,8 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from data.readers.records import decode, short
 from data.rows import DataError
@@ -24,15 +24,9 @@ PAX_IN_USE = re.compile(rb"path=|size=|GNU\.sparse")
 REFUSED = {
     "1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a pipe", "S": "a sparse file",
 }  # fmt: skip
+NO_FILES = ("", ".", "..")
 ADLER_MODULUS = 65521
-
-
-class Member(NamedTuple):
-    """A regular file in a tar: its bytes are those from `offset` on."""
-
-    name: str
-    offset: int
-    size: int
+USUAL_FIELDS = 2**14  # sizes and checksums that are kept parsed, since most come again
 
 
 class Damaged(DataError):
@@ -68,14 +62,17 @@ class TarFile:
             begin = 0
         return self.window[begin : begin + size]
 
-    def members(self) -> Iterator[Member]:
-        """The regular files; raises DataError for what is refused and Damaged where the tar is cut or overwritten."""
+    def members(self) -> Iterator[tuple[str, int, int]]:
+        """(name, offset, size) of the regular files, whose bytes are those from the offset on.
+
+        Raises DataError for what is refused, and Damaged where the tar is cut or overwritten.
+        """
         offset, name, size = 0, None, None
         while True:
             begin = offset - self.start
             header = self.window[begin : begin + BLOCK] if begin >= 0 else b""
             if len(header) < BLOCK:
-                header = self.read(offset, BLOCK)
+                header, begin = self.read(offset, BLOCK), 0
             if len(header) < BLOCK:
                 raise Damaged(f"{self.path} ends at byte {offset + len(header)} without its end mark: it was cut")
             if header[0] == 0 and header.count(0) == BLOCK:
@@ -88,12 +85,18 @@ class TarFile:
             if length is None:
                 raise Damaged(f"{self.path} is damaged at byte {offset}: the size of a member is no octal number")
             if kind in EXTENSIONS:
-                name, size = self._extended(kind, content, length, offset, name, size)
+                end = begin + BLOCK + length
+                # Most pax records hold a time alone, which is not needed.
+                if kind != PAX or end > len(self.window) or PAX_IN_USE.search(self.window, begin + BLOCK, end):
+                    name, size = self._extended(kind, content, length, offset, name, size)
                 offset = content + -(-length // BLOCK) * BLOCK
                 continue
             if size is not None:
                 length = size
-            name = self._checked(self._plain_name(header, offset) if name is None else name, offset)
+            if name is None:
+                name = self._plain_name(header, offset)
+            if "/" in name or name in NO_FILES or "\0" in name:
+                name = self._checked(name, offset)
             if kind == FOLDER:
                 length = 0
             elif kind not in REGULAR:
@@ -102,7 +105,7 @@ class TarFile:
             elif content + length > self.length:
                 raise Damaged(f"{self.path} ends at byte {self.length}, within {short(name)}: it was cut")
             else:
-                yield Member(name, content, length)
+                yield name, content, length
             offset, name, size = content + -(-length // BLOCK) * BLOCK, None, None
 
     def _extended(
@@ -117,7 +120,6 @@ class TarFile:
             raise Damaged(f"{self.path} ends at byte {content + len(extension)}, within a header: it was cut")
         if kind == LONG_NAME:
             return self._text(extension.partition(b"\0")[0], offset), size
-        # Most pax records hold a time, which is not needed.
         if kind == LONG_LINK or PAX_IN_USE.search(extension) is None:
             return name, size
         if kind == PAX_GLOBAL:
@@ -173,8 +175,6 @@ class TarFile:
 
     def _checked(self, name: str, offset: int) -> str:
         """The name without `./`; raises DataError where it is absolute, leads upwards or cannot be a name."""
-        if "/" not in name and name not in ("", ".", "..") and "\0" not in name:
-            return name
         parts = name.split("/")
         if not name or name.startswith("/") or ".." in parts or "\0" in name:
             detail = "the name is empty, absolute or leads upwards"
@@ -182,6 +182,7 @@ class TarFile:
         return "/".join(part for part in parts if part not in ("", "."))
 
 
+@lru_cache(USUAL_FIELDS)
 def _octal(field: bytes) -> int | None:
     """A number of a header, None where it is none; sizes of 8 GiB and more have another form, which no image needs."""
     digits = field.strip(b" \0") or b"0"
@@ -191,11 +192,14 @@ def _octal(field: bytes) -> int | None:
         return None
 
 
-def _checksum_is_right(header: bytes) -> bool:
-    """The sum of the header's bytes, with eight spaces for the sum itself.
+@lru_cache(USUAL_FIELDS)
+def _expected_sum(field: bytes) -> int | None:
+    """What the bytes of a whole header sum to, by its checksum, which counts its own field as eight spaces."""
+    checksum = _octal(field)
+    return None if checksum is None else checksum - 8 * ord(" ") + sum(field)
 
-    adler32 sums modulo 65521, and 30 times as fast as sum.
-    """
-    expected = _octal(header[148:156])
-    total = (zlib.adler32(header[156:], zlib.adler32(header[:148])) & 0xFFFF) - 1 + 8 * 32
-    return expected is not None and (total - expected) % ADLER_MODULUS == 0
+
+def _checksum_is_right(header: bytes) -> bool:
+    """Whether the header's bytes sum to its checksum; adler32 sums modulo 65521, and 30 times as fast as sum."""
+    expected = _expected_sum(header[148:156])
+    return expected is not None and ((zlib.adler32(header) & 0xFFFF) - 1 - expected) % ADLER_MODULUS == 0

@@ -15,6 +15,7 @@ content a resume would lose. Reads are at random places, which suits disks witho
 import glob
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from data.readers import places, records
 from data.readers.sidecars import IMAGES
-from data.readers.tar_index import Damaged, Member, TarFile
+from data.readers.tar_index import Damaged, TarFile
 from data.rows import DataError, Row, TarImage
 
 NAME = "webdataset"
@@ -117,7 +118,11 @@ def _choices(match: re.Match) -> Iterator[str]:
 
 def _of_folder(data: Path, split: str) -> list[Path]:
     if data.is_dir() and (data / split).is_dir():
-        return sorted(path for path in (data / split).glob(f"*{SUFFIX}") if not path.name.startswith("."))
+        try:
+            names = sorted(os.listdir(data / split))
+        except OSError:
+            return []
+        return [data / split / name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
     found = places.files_of(data, split, (SUFFIX,))
     for path in found:
         places.check_name(path, split)
@@ -131,7 +136,7 @@ def _samples(shard: Path) -> list[Row]:
         try:
             for key, members in _by_key(tar):
                 if key in seen:
-                    name = records.short(members[0].name)
+                    name = records.short(members[0][0])
                     raise DataError(f"{shard}, member {name}: its key has come before, among other members")
                 seen.add(key)
                 row = _row(tar, key, members, incomplete)
@@ -144,16 +149,17 @@ def _samples(shard: Path) -> list[Row]:
     return rows
 
 
-def _by_key(tar: TarFile) -> Iterator[tuple[str, list[Member]]]:
+def _by_key(tar: TarFile) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
     """(key, members) of each sample, whose members follow each other; raises Damaged after the last whole member."""
     key, members, damage = "", [], None
     try:
         for member in tar.members():
-            folder, slash, name = member.name.rpartition("/")
-            stem, dot, _ = name.partition(".")
-            if not stem or not dot:
+            name = member[0]
+            begin = name.rfind("/") + 1
+            end = name.find(".", begin)
+            if end <= begin:
                 continue
-            own = folder + slash + stem
+            own = name[:end]
             if own != key and members:
                 yield key, members
                 members = []
@@ -167,42 +173,42 @@ def _by_key(tar: TarFile) -> Iterator[tuple[str, list[Member]]]:
         raise damage
 
 
-def _row(tar: TarFile, key: str, members: list[Member], incomplete: dict[str, list[str]]) -> Row | None:
+def _row(tar: TarFile, key: str, members: list[tuple[str, int, int]], incomplete: dict[str, list[str]]) -> Row | None:
     """The row of a sample, or None where it has no image or no caption, which is then noted."""
-    found: dict[str, Member] = {}
+    found: dict[str, tuple[str, int, int]] = {}
     image = None
     for member in members:
-        suffix = member.name[len(key) :].lower()
+        suffix = member[0][len(key) :].lower()
         if suffix in found:
-            raise DataError(f"{tar.path}, member {records.short(member.name)}: the sample has two {suffix[1:]} files")
+            raise DataError(f"{tar.path}, member {records.short(member[0])}: the sample has two {suffix[1:]} files")
         found[suffix] = member
         if suffix in IMAGES:
             if image is not None:
-                name = records.short(member.name)
-                raise DataError(f"{tar.path}, member {name}: the sample has another image, {image.name}")
+                raise DataError(f"{tar.path}, member {records.short(member[0])}: the sample has another image, {image[0]}")
             image = member
     text = found.get(".txt") or found.get(".json")
-    caption = _caption(tar, text) if text else None
+    caption = _caption(tar, *text) if text else None
     if image is None or not caption:
         incomplete.setdefault("image" if image is None else "caption", []).append(key)
         return None
-    return Row(id=key, image=TarImage(tar.path, image.name, image.offset, image.size), captions=(caption,))
+    return Row(key, TarImage(tar.path, *image), (caption,))
 
 
-def _caption(tar: TarFile, member: Member) -> str | None:
+def _caption(tar: TarFile, name: str, offset: int, size: int) -> str | None:
+    """The caption in a member, None where it is JSON without one; raises DataError naming shard and member."""
     try:
-        if member.size > MAX_TEXT_BYTES:
-            raise DataError(f"{member.size} bytes are too much for a caption")
-        text = records.decode(tar.read(member.offset, member.size))
-        if member.name.endswith(".json"):
+        if size > MAX_TEXT_BYTES:
+            raise DataError(f"{size} bytes are too much for a caption")
+        text = records.decode(tar.read(offset, size))
+        if name.lower().endswith(".json"):
             record = json.loads(text)
             text = record.get("caption") if isinstance(record, dict) else None
             if not isinstance(text, str):
                 return None
-        records.check_unicode(text, "the caption")
+            records.check_unicode(text, "the caption")
         return " ".join(text.split())
     except (DataError, ValueError, RecursionError) as error:
-        raise DataError(f"{tar.path}, member {records.short(member.name)}: {str(error)[:200]}") from error
+        raise DataError(f"{tar.path}, member {records.short(name)}: {str(error)[:200]}") from error
 
 
 def _prefixed(shard: Path, rows: list[Row]) -> list[Row]:

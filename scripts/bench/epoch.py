@@ -32,7 +32,8 @@ from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.weights import clip_to_hf
 from data.buckets import CaptionLengths, bucket_edges, bucketed_order
 from data.collate import pad_labels, pick_caption
-from data.dataset import BadImageLedger, CaptionDataset, epoch_order, make_loader
+from data.bad_images import BadImageLedger
+from data.dataset import CaptionDataset, epoch_order, make_loader
 from data.readers import read
 from data.rows import Row
 
