@@ -471,7 +471,7 @@ class Trainer:
         adapters = f"rank {settings.lora_rank} on {', '.join(settings.lora_targets)} of {', '.join(settings.lora_where)}" if settings.lora_targets else "none"
         parts = {"adapters": ", ".join(self.facts["adapters"]), "soft prompt": ", ".join(self.facts["prompt"]), "frozen": ", ".join(self.facts["frozen"])}
         return {
-            "image encoder": self.facts["vision"]["name"],
+            "image encoder": self.facts["vision"]["name"] + (f", {self.model.views} views" if self.model.views else ""),
             "decoder": Path(self.facts["text"]["name"]).name,
             "LoRA": adapters,
             **{name: value for name, value in parts.items() if value},

@@ -130,7 +130,7 @@ def test_the_scripts_of_this_repository_are_found_with_ids_that_are_unique():
     done = subprocess.run([sys.executable, str(BENCH / "all.py"), "--list"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = dict(line.split(": ") for line in done.stdout.splitlines())
-    names = ("encoder", "epoch", "memory", "cold_start", "train_step", "decode", "metrics", "cross_entropy", "lora_linear", "caption_folder")
+    names = ("encoder", "epoch", "memory", "cold_start", "train_step", "decode", "metrics", "cross_entropy", "lora_linear", "caption_folder", "feature_cache")
     assert set(found) == {f"{name}.py" for name in names}
     ids = [id for names in found.values() for id in names.split(", ")]
     assert len(set(ids)) == len(ids)

@@ -29,8 +29,10 @@ def test_memory_is_that_of_the_model(opened):
     batches = list(opened.batches(3))
     assert [batch["ids"] for batch in batches] == [["red.png", "green.png", "blue.png"], ["yellow.png"]]
     assert batches[0]["captions"][0] == ["a plain red picture", "everything here is red"]
-    memory = opened.encode(batches[0])
-    assert torch.equal(memory, opened.model.encode(batches[0]["pixel_values"])) and not memory.requires_grad
+    memory, pixels = opened.encode(batches[0]), batches[0]["pixel_values"]
+    assert torch.allclose(memory, opened.model.encode(pixels), atol=1e-5) and not memory.requires_grad
+    one_by_one = torch.cat([opened.model.vision(image[None]) for image in pixels])
+    assert torch.equal(memory, opened.model.read(one_by_one)), "tokens do not depend on the batch in fp32"
     assert [batch["ids"] for batch in opened.batches(2, order=[3, 1])] == [["yellow.png", "green.png"]]
 
 

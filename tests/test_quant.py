@@ -11,7 +11,7 @@ from torch import nn
 
 import lora
 from captioner import generate
-from captioner.model import Captioner
+from captioner.model import Bridge, Captioner
 from captioner.t5 import T5, T5Config
 from captioner.vit import VisionConfig, VisionTransformer
 from lora.layers import LoRALinear
@@ -278,7 +278,7 @@ def test_every_linear_and_the_token_embedding_and_nothing_else():
     order = [name for name, _ in model.named_modules()]
     assert names == sorted(names, key=order.index)
     assert {name for name, module in model.named_modules() if isinstance(module, Linear4bit | Embedding4bit)} == set(names)
-    assert type(model.bridge) is nn.Linear and type(model.vision.patch_embed) is nn.Conv2d
+    assert type(model.bridge) is Bridge and type(model.vision.patch_embed) is nn.Conv2d
     assert type(model.text.decoder.position_bias.embedding) is nn.Embedding
     only = tiny_captioner()
     assert set(quantize_base(only, ["vision"])) == {name for name in names if name.startswith("vision.")}

@@ -699,10 +699,19 @@ def test_llava_conversations(tmp_path):
 ASKED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
+def test_conversations_without_an_image_are_left_out_and_counted(tmp_path, capsys):
+    put(tmp_path / "a.jpg", b"x")
+    put(tmp_path / "train.json", [{"id": 1, "conversations": ASKED}, {"id": 2, "image": "a.jpg", "conversations": ASKED}, {"id": 3, "conversations": ASKED}])
+    assert [row.id for row in readers.read(tmp_path, "train")] == ["2"]
+    assert "2 conversations of" in capsys.readouterr().err
+    put(tmp_path / "train.json", [{"id": 1, "conversations": ASKED}])
+    expect_error("has no image in any of its 1 conversations", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("record", "match"),
     [
-        ({"conversations": []}, r"\[1\]: no image"),
+        ({"image": ""}, r"\[1\]: no image"),
         ({"image": "a.jpg"}, r"\[1\]: no conversations"),
         ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": "x"}]}, r"\[1\]: human and gpt are expected in turn, found gpt"),
         ({"image": "a.jpg", "conversations": [{"from": "human", "value": "x"}]}, "found human"),

@@ -304,7 +304,7 @@ def test_folders_that_are_not_what_the_config_says_are_refused(adapt):
     bridge["weight"][0, 0] = float("nan")
     (path / "bridge.safetensors").unlink()
     save_file(bridge, path / "bridge.safetensors")
-    with pytest.raises(UserError, match="bridge.safetensors does not fit Linear: weight has values that are not finite"):
+    with pytest.raises(UserError, match="bridge.safetensors does not fit Bridge: weight has values that are not finite"):
         captioner.load(path)
 
 

@@ -3,8 +3,9 @@
 DATA is the JSON (or JSON lines) file or a folder with it, named after the split; images are relative to the first of
 the folders beside it that holds them: itself, `images/`, the file's name. Each question with its answer is one row:
 `question` is the human's text without `<image>`, `answers` the reply. Where nothing is asked but `<image>`, the reply
-is a caption. The row's id is the record's `id`, else its image; from the second turn on with `#2` and so on. (Liu et
-al., "Visual Instruction Tuning", 2023; format as of the LLaVA repository.)
+is a caption. The row's id is the record's `id`, else its image; from the second turn on with `#2` and so on. Records
+without an `image`, which the LLaVA mixtures have for plain text, are left out and counted. (Liu et al., "Visual
+Instruction Tuning", 2023; format as of the LLaVA repository.)
 """
 
 import itertools
@@ -28,10 +29,12 @@ def read(data: Path, split: str) -> list[Row]:
     """The rows of the split in file order; raises DataError naming the file and the record."""
     path = places.only(_files(data, split), data, split, "file of LLaVA conversations")
     places.check_name(path, split)
-    entries = _entries(path)
+    text_only: list[str] = []
+    entries = _entries(path, text_only)
     head = list(itertools.islice(entries, places.FIRST))
     if not head:
-        raise DataError(f"{path} has no conversations: the split {split!r} is empty")
+        what = f"no image in any of its {len(text_only)} conversations" if text_only else "no conversations"
+        raise DataError(f"{path} has {what}: the split {split!r} is empty")
     root, base = places.image_folder(path, [name for _, _, name, _ in head], "image")
     paths = records.InsidePaths(root=root, base=base, key="image")
     rows, unique = [], records.UniqueIds("id", "record")
@@ -43,6 +46,8 @@ def read(data: Path, split: str) -> list[Row]:
             raise DataError(f"{path}, {place}: {error}") from error
         said = {"question": question, "answers": (answer,)} if question else {"captions": (answer,)}
         rows.append(Row(id=row_id, image=image, **said))
+    if text_only:
+        records.notice(f"{len(text_only)} conversations of {path} have no image and are left out, the first is {text_only[0]}")
     return rows
 
 
@@ -51,15 +56,18 @@ def _files(data: Path, split: str) -> list[Path]:
     return [path for path in files if "conversations" in json_stream.first_of(path)]
 
 
-def _entries(path: Path) -> Iterator[tuple[str, str, str, tuple[str, str]]]:
-    """(place, row id, image, (question, answer)) of every turn."""
+def _entries(path: Path, text_only: list[str]) -> Iterator[tuple[str, str, str, tuple[str, str]]]:
+    """(place, row id, image, (question, answer)) of every turn; the places of records without an image go to text_only."""
     for place, record in json_stream.each_record(path):
         try:
             if not isinstance(record, dict):
                 raise DataError(f"a JSON object is expected, not {type(record).__name__}")
+            if "image" not in record and "conversations" in record:
+                text_only.append(place)
+                continue
             name = record.get("image")
             if not isinstance(name, str) or not name.strip():
-                raise DataError("no image (a non-empty string): conversations without an image are not read")
+                raise DataError("no image (a non-empty string)")
             row_id = record.get("id", name)
             if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
                 raise DataError("id must be a string or a number")
