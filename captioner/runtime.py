@@ -65,10 +65,12 @@ def frozen_tokens(vision: nn.Module, pixel_values: Tensor) -> Tensor:
     """Tokens of a frozen encoder as `captioner.model.see` gives them; in fp32 an image has the same bits in every batch, so that cached ones equal them.
 
     How a product adds up depends on its shape. On a CPU images are therefore encoded one by one, which costs a large encoder nothing, and on a GPU in
-    groups of GPU_GROUP, the last one filled up. In bf16, where last bits are no matter, a batch stays one.
+    groups of GPU_GROUP, the last one filled up. A batch stays one in bf16, where last bits are no matter, and where the weights are shared out, since
+    processes with unlike batches must put them together equally often.
     """
     device = pixel_values.device.type
-    if torch.is_autocast_enabled(device) or getattr(vision, "frozen", None) is not None:
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in vision.parameters())
+    if is_sharded or torch.is_autocast_enabled(device) or getattr(vision, "frozen", None) is not None:
         return see(vision, pixel_values)
     images = pixel_values if pixel_values.ndim == 4 else pixel_values.flatten(0, 1)
     size = 1 if device == "cpu" else GPU_GROUP
