@@ -46,7 +46,7 @@ from captioner.timm_vision import TimmVision
 from captioner.tokenizer import Tokenizer, train_tokenizer
 from captioner.tracking import TRACKERS, open_tracker
 from captioner.trainer import Trainer, TrainState
-from data.bad_images import BadImageLedger
+from data.bad_images import BadImageLedger, check_limit
 from data.dataset import CaptionDataset, make_loader
 from data.images import BadImage
 from data.readers import BY_NAME, absolute, read
@@ -69,15 +69,6 @@ def rank_of_places(text: str) -> int | dict[str, int]:
     return dict(pairs)
 
 
-def views_text(text: str) -> str:
-    """Parser of --views, which stays the text that it is."""
-    try:
-        parse_views(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 @dataclass
 class Settings:
     """Every setting of a training run; each field is one flag, and all are saved in the run's config.json."""
@@ -94,7 +85,7 @@ class Settings:
         None, "how an image becomes square, if not the encoder's own way: short side and centre crop, long side and padding, or squashed whole", RESIZE_MODES
     )
     views: str | None = setting(
-        None, "encode several parts of each picture: 6 for the whole, its quadrants and its centre, 5, 1, or a list of names and LEFT:TOP:SIDE", parse=views_text
+        None, "encode several parts of each picture: 6 for the whole, its quadrants and its centre, 5, 1, or a list of names and LEFT:TOP:SIDE", parse=cli.checked(parse_views)
     )
     data: str = setting("scenes", "folder, file or shards (README: formats), a mixture A@2,B@1, or scenes (drawn); {split} in it stands for the split")
     format: str | None = setting(None, "format of --data, if not told by its content", tuple(BY_NAME))
@@ -105,7 +96,7 @@ class Settings:
     max_caption_tokens: int = setting(40, "longer captions are cut, keeping the end token")
     length_buckets: bool = setting(True, "batches of captions of about the same length; --no-length-buckets: random ones, with more padding")
     on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
-    max_bad: str | None = setting(None, "stop where more images than this are bad, a number or a share such as 1%", parse=cli.bad_limit)
+    max_bad: str | None = setting(None, "stop where more images than this are bad, a number or a share such as 1%", parse=cli.checked(check_limit))
     cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
     features_on_device: bool = setting(True, "--cache-features on CUDA: keep all features in its memory where they take at most half of what is free")
     workers: int = setting(0, "processes that decode images")

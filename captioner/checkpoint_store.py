@@ -9,7 +9,6 @@ named and passed over, and the newest whole one counts. Imports no torch.
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captioner.errors import UserError
-from captioner.files import describe_os_error, read_json, replacing, sync, write_json
+from captioner.files import describe_os_error, read_json, replacing, sha256_of, sync, write_json
 
 MARK = "complete.json"
 FOLDER = re.compile(r"step-([0-9]{8})")
@@ -101,8 +100,7 @@ def restate(checkpoint: Checkpoint, state: dict) -> Checkpoint:
 
 def describe(file: Path) -> dict:
     """What the mark says of a file."""
-    with open(file, "rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def files_of(path: Path) -> list[Path]:

@@ -36,7 +36,6 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 from captioner.errors import UsageError, UserError  # noqa: E402
 from captioner.files import describe_os_error  # noqa: E402
-from data.bad_images import most_bad  # noqa: E402
 
 DONE, FAILED, USAGE, SOME_BAD = 0, 1, 2, 3  # the exit codes; an interrupt exits with 128 + signal number
 
@@ -132,13 +131,17 @@ def require_positive(settings, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
 
 
-def bad_limit(text: str) -> str:
-    """Parser of --max-bad, which stays the text that it is."""
-    try:
-        most_bad(text, 0)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+def checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """Parser of a flag that stays the text that it is, once check(text) raises no ValueError."""
+
+    def parse(text: str) -> str:
+        try:
+            check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return parse
 
 
 def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None = None, expected: tuple[type[Exception], ...] = ()) -> typing.NoReturn:

@@ -18,6 +18,7 @@ from captioner.errors import UserError
 from captioner.files import describe_os_error, locked
 from captioner.job import Job
 from captioner.journal import Journal
+from data.bad_images import check_limit
 from data.readers import BY_NAME, absolute
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class RunSettings(ModelSettings):
     workers: int = setting(0, "processes that decode image files")
     cache_features: str | None = setting(None, "folder that keeps the frozen encoder's features, computed once")
     on_bad: str = setting("skip", "bad image: leave out, name and count it, or stop", ("skip", "fail"))
-    max_bad: str | None = setting(None, "stop where more images than this are bad, a number or a share such as 1%", parse=cli.bad_limit)
+    max_bad: str | None = setting(None, "stop where more images than this are bad, a number or a share such as 1%", parse=cli.checked(check_limit))
     report: bool = setting(True, "write report.html with the results")
     output: str | None = setting(None, "directory for the results (under RUN/results/ if not given)")
     json: str | None = setting(None, "write the scores to this file, or - for stdout")

@@ -11,7 +11,6 @@ All of them load by `captioner.load`. What was written is read back by it and ca
 
 import contextlib
 import copy
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -231,9 +230,8 @@ def digests(written: Path) -> dict[str, dict]:
     """Bytes and SHA-256 of every file, by its name in the export."""
     found = {}
     for file in checkpoint_store.files_of(written):
-        with open(file, "rb") as opened:
-            name = file.name if file == written else file.relative_to(written).as_posix()
-            found[name] = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        name = file.name if file == written else file.relative_to(written).as_posix()
+        found[name] = checkpoint_store.describe(file)
     return found
 
 

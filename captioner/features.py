@@ -26,7 +26,7 @@ from torch import Tensor
 from captioner.backbones import Backbone
 from captioner.cli import say
 from captioner.errors import UserError
-from captioner.files import describe_os_error, locked, read_json, save_tensors, sync, write_text
+from captioner.files import describe_os_error, locked, read_json, save_tensors, sha256_of, sync, write_text
 from captioner.frozen_vit import is_plain, prepare_frozen, release_frozen
 from captioner.job import Job
 from captioner.runtime import frozen_tokens
@@ -156,6 +156,7 @@ class FeatureStore:
             if reason := self.damage(name, last[name]):
                 say(f"{self.directory / name}: {reason}; its images are encoded again")
                 self.index = {content: place for content, place in self.index.items() if place[0] != name}
+                del self.hashes[name]
             else:
                 self.intact.add((name, self.hashes[name]))
 
@@ -163,9 +164,8 @@ class FeatureStore:
         """Why a shard can not be used, None where it is what was written and has a last position, the highest that the index names."""
         path = self.directory / name
         try:
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != self.hashes[name]:
-                    return "damaged"
+            if sha256_of(path) != self.hashes[name]:
+                return "damaged"
             rows = safe_open(path, framework="pt").get_slice("tokens").get_shape()[0]
         except (OSError, SafetensorError) as error:
             return describe_os_error(error) if isinstance(error, OSError) else str(error)
@@ -202,9 +202,7 @@ class FeatureStore:
         name = f"{len(list(self.directory.glob('*.safetensors'))):05d}-{contents[0][:8]}.safetensors"
         save_tensors(self.directory / name, {"tokens": torch.cat(tokens)})
         sync(self.directory)
-        with open(self.directory / name, "rb") as file:
-            self.hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        self.hashes = {name: self.hashes[name] for name in sorted({place[0] for place in self.index.values()} | {name})}
+        self.hashes[name] = sha256_of(self.directory / name)
         for position, content in enumerate(contents):
             self.index[content] = [name, position]
         write_text(self.index_path, json.dumps({**self.facts, "shards": self.hashes, "images": self.index}))

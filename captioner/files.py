@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -85,6 +86,12 @@ def locked(path: Path, wait: Callable[[Callable[[], bool]], None] | None = None)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

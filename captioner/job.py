@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 BAD_IMAGES = "bad_images.jsonl"  # in a run's directory, in that of results, and beside the journal of captioned folders
 
 
+def write_bad_images(folder: Path, ledger: "BadImageLedger") -> None:
+    """The folder's BAD_IMAGES: a line for each bad image of the ledger."""
+    write_text(folder / BAD_IMAGES, ledger.to_lines())
+
+
 class Job:
     """This process's part in a command. Without arguments: the only process, on a device not chosen, that no signal asks to stop."""
 
@@ -78,7 +83,7 @@ class Job:
         finally:
             if self.processes.is_main and ledger:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / BAD_IMAGES, ledger.to_lines())
+                write_bad_images(folder, ledger)
 
     def command(self, script: str, words: Sequence[str]) -> str:
         """The command line that starts this job again."""

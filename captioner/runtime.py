@@ -69,8 +69,8 @@ def frozen_tokens(vision: nn.Module, pixel_values: Tensor) -> Tensor:
     processes with unlike batches must put them together equally often.
     """
     device = pixel_values.device.type
-    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in vision.parameters())
-    if is_sharded or torch.is_autocast_enabled(device) or getattr(vision, "frozen", None) is not None:
+    in_bf16 = torch.is_autocast_enabled(device) or getattr(vision, "frozen", None) is not None
+    if in_bf16 or any(hasattr(parameter, "device_mesh") for parameter in vision.parameters()):
         return see(vision, pixel_values)
     images = pixel_values if pixel_values.ndim == 4 else pixel_values.flatten(0, 1)
     size = 1 if device == "cpu" else GPU_GROUP

@@ -23,8 +23,8 @@ from captioner.checkpoint_store import Checkpoint
 from captioner.cli import say
 from captioner.cuda_graphs import FullBatches, Recorder, StepGraphs
 from captioner.errors import UserError
-from captioner.files import describe_os_error, save_tensors, sync, write_json, write_text
-from captioner.job import BAD_IMAGES
+from captioner.files import describe_os_error, save_tensors, sync, write_json
+from captioner.job import write_bad_images
 from captioner.model import Captioner
 from captioner.processes import Processes
 from captioner.run_config import checked_settings
@@ -361,7 +361,7 @@ class Trainer:
             self.ledger.record(BadRow(**bad))
         if self.processes.is_main and self.ledger:
             with self.writing():
-                write_text(self.run / BAD_IMAGES, self.ledger.to_lines())
+                write_bad_images(self.run, self.ledger)
 
     def complete_state(self) -> dict:
         """The state as a checkpoint keeps it, with the length of metrics.jsonl, once that is on the disk. Raises UserError where lines of it are lost."""

@@ -41,6 +41,11 @@ def most_bad(limit: str | None, images: int) -> int | None:
     return int(number) if number == limit else math.floor(images * float(number) / 100)
 
 
+def check_limit(limit: str) -> None:
+    """Raises ValueError where `most_bad` would."""
+    most_bad(limit, 0)
+
+
 class BadImageLedger:
     """Names each bad image once, on standard error, and counts it.
 

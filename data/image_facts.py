@@ -96,11 +96,7 @@ def _file_facts(source: ImageSource) -> dict:
 def _encoded(source: ImageSource) -> BinaryIO | None:
     if isinstance(source, FileImage):
         return open(source.path, "rb")
-    if isinstance(source, TarImage):
-        with open(source.tar, "rb") as tar:
-            tar.seek(source.offset)
-            return io.BytesIO(tar.read(source.size))
-    return None
+    return io.BytesIO(source.content()) if isinstance(source, TarImage) else None
 
 
 def _header(image: Image.Image) -> dict:

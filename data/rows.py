@@ -72,12 +72,13 @@ class TarImage:
         return f"{self.tar}/{self.member}"
 
     def open(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        return open_image(io.BytesIO(self._content()), max_pixels=max_pixels, name=self.name)
+        return open_image(io.BytesIO(self.content()), max_pixels=max_pixels, name=self.name)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._content()).hexdigest()
+        return hashlib.sha256(self.content()).hexdigest()
 
-    def _content(self) -> bytes:
+    def content(self) -> bytes:
+        """The bytes of the image file; raises `data.images.BadImage`."""
         check_regular_file(self.tar, self.name)
         if not 0 < self.size <= MAX_TAR_IMAGE_BYTES:
             reason = "too-large" if self.size else "empty"
